@@ -1,0 +1,12 @@
+"""Attention on interchangeable backends; `registry` has the table, `reference` the specification."""
+
+from fasttx.attention.convenience import scaled_dot_product_attention
+from fasttx.attention.registry import BACKENDS, Backend, BackendUnavailableError, resolve
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendUnavailableError",
+    "resolve",
+    "scaled_dot_product_attention",
+]

@@ -1,0 +1,229 @@
+"""What a model and a training run are made of: frozen, validated dataclasses, and the recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting has a value that cannot work; the message names it, and what was expected."""
+
+
+def setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that also knows its command-line help, group and choices."""
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+def _check_types(config: Any) -> None:
+    """Reject values of the wrong type or outside a field's choices (a bool is not a number here)."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        ok = any(
+            isinstance(value, t) and not (isinstance(value, bool) and t is not bool)
+            or (t is float and isinstance(value, int) and not isinstance(value, bool))
+            for t in allowed
+        )
+        if not ok:
+            names = " or ".join(t.__name__ for t in allowed)
+            raise ConfigError(f"{f.name} is {value!r}; expected {names}")
+        choices = f.metadata.get("choices", ())
+        if choices and value not in choices:
+            raise ConfigError(f"{f.name} is {value!r}; expected one of {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{f.name} is {value!r}; expected a finite number")
+
+
+def _check_range(config: Any, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{name} is {value!r}; expected {wanted}")
+
+
+def known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, after a check that `cls` has every one of these fields."""
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise ConfigError(f"unknown {cls.__name__} settings: {', '.join(unknown)}")
+    return values
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The arguments of `TransformerClassifier`. The defaults have exactly 5,785,858 parameters."""
+
+    vocab_size: int = setting(10_000, "rows of the token embedding", group="model")
+    num_classes: int = setting(2, "number of labels (a dataset sets it)", group="model")
+    d_model: int = setting(256, "width of the residual stream", group="model")
+    num_heads: int = setting(8, "attention heads", group="model")
+    num_layers: int = setting(4, "encoder blocks", group="model")
+    d_ff: int = setting(1024, "hidden width of the MLP", group="model")
+    max_len: int = setting(256, "longest sequence, in tokens", group="model")
+    dropout: float = setting(0.1, "dropout probability at every site", group="model")
+    attn_backend: str = setting(
+        "auto", "attention backend; `fasttx backends` lists them", group="model"
+    )
+    activation: str = setting("relu", "MLP activation", group="model", choices=("relu", "gelu"))
+    attention_dropout: float | None = setting(
+        None, "dropout on the attention weights (default: the same as dropout)", group="model"
+    )
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_range(self, 1, math.inf, "num_classes", "d_model", "num_heads", "d_ff", "max_len")
+        _check_range(self, 2, math.inf, "vocab_size")
+        _check_range(self, 0, math.inf, "num_layers")
+        _check_range(self, 0.0, 1.0, "dropout", "attention_dropout")
+        if self.d_model % self.num_heads:
+            raise ConfigError(
+                f"d_model is {self.d_model} and num_heads is {self.num_heads}; "
+                "expected a d_model that num_heads divides"
+            )
+        if self.d_model % 2:
+            raise ConfigError(
+                f"d_model is {self.d_model}; expected an even number (sine and cosine positions)"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: where the text comes from, how it is optimised, and what it runs on."""
+
+    dataset: str = setting(
+        "auto", "auto, imdb, demo, or the path of a folder or file", group="data"
+    )
+    text_column: str | None = setting(None, "name of the text column (default: found)", group="data")
+    label_column: str | None = setting(
+        None, "name of the label column (default: found)", group="data"
+    )
+    train_samples: int | None = setting(
+        None, "reviews to train on; a tenth more are drawn for validation", group="data"
+    )
+    test_samples: int | None = setting(None, "test reviews to use (default: all)", group="data")
+    subset_order: str = setting(
+        "shuffled",
+        "shuffled: stratified, drawn from the seed; file: the first rows as they lie",
+        group="data",
+        choices=("shuffled", "file"),
+    )
+    allow_single_class: bool = setting(
+        False, "accept a split in which only one label occurs", group="data"
+    )
+    truncation: str = setting(
+        "head",
+        "what to keep of a text longer than max-len",
+        group="data",
+        choices=("head", "tail", "head+tail"),
+    )
+
+    epochs: int = setting(5, "passes over the training split", group="optimisation")
+    batch_size: int = setting(32, "reviews a step, over all processes", group="optimisation")
+    grad_accumulation: int = setting(
+        1, "batches whose gradients are added up before a step", group="optimisation"
+    )
+    optimizer: str = setting(
+        "adam", "optimiser", group="optimisation", choices=("adam", "adamw", "sgd")
+    )
+    lr: float = setting(1e-4, "peak learning rate", group="optimisation")
+    beta2: float = setting(0.999, "second-moment decay of Adam", group="optimisation")
+    weight_decay: float = setting(
+        0.0, "weight decay, on matrices only (AdamW: decoupled)", group="optimisation"
+    )
+    schedule: str = setting(
+        "constant",
+        "learning rate after the warm-up: constant, or cosine down to zero",
+        group="optimisation",
+        choices=("constant", "cosine"),
+    )
+    warmup_steps: int = setting(0, "steps of linear warm-up", group="optimisation")
+    grad_clip: float = setting(
+        0.0, "largest gradient norm (0: no clipping)", group="optimisation"
+    )
+    label_smoothing: float = setting(0.0, "label smoothing", group="optimisation")
+    word_dropout: float = setting(
+        0.0, "share of training words replaced by <UNK>", group="optimisation"
+    )
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="run")
+    precision: str = setting(
+        "fp32",
+        "arithmetic: fp32, tf32 (CUDA), or autocast to bf16 or fp16",
+        group="run",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+    )
+    compile: bool = setting(False, "compile the model with torch.compile", group="run")
+    seed: int = setting(0, "seed of everything random", group="run")
+    log_every: int = setting(50, "steps between two lines of metrics.jsonl", group="run")
+    checkpoint_seconds: float = setting(
+        30.0, "seconds between two checkpoints inside an epoch", group="run"
+    )
+
+    model: ModelConfig = ModelConfig()
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_range(
+            self, 1, math.inf, "epochs", "batch_size", "grad_accumulation", "log_every",
+            "train_samples", "test_samples",
+        )  # fmt: skip
+        _check_range(
+            self, 0, math.inf, "lr", "weight_decay", "warmup_steps", "grad_clip",
+            "checkpoint_seconds",
+        )  # fmt: skip
+        _check_range(self, 0.0, 1.0, "label_smoothing", "word_dropout", "beta2")
+        _check_range(self, 0, 2**63 - 1, "seed")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`. Raises ConfigError on a setting it does not know."""
+        values = dict(known_fields(cls, values))
+        if "model" in values:
+            values["model"] = ModelConfig(**known_fields(ModelConfig, values["model"]))
+        return cls(**values)
+
+
+RECIPES: dict[str, TrainConfig] = {
+    # The system this library began as, on an honest (shuffled, stratified) subset.
+    "seed": TrainConfig(train_samples=5000, test_samples=1000),
+    # All of IMDB.
+    "full": TrainConfig(
+        epochs=4,
+        batch_size=64,
+        optimizer="adamw",
+        lr=6e-4,
+        beta2=0.98,
+        weight_decay=0.1,
+        schedule="cosine",
+        warmup_steps=200,
+        grad_clip=1.0,
+        label_smoothing=0.1,
+        word_dropout=0.15,
+        truncation="head+tail",
+        model=ModelConfig(dropout=0.2),
+    ),
+    # The built-in corpus: minutes on two cores.
+    "demo": TrainConfig(
+        dataset="demo",
+        epochs=6,
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup_steps=100,
+        grad_clip=1.0,
+        model=ModelConfig(
+            vocab_size=1000, d_model=128, num_heads=4, num_layers=2, d_ff=256, max_len=64
+        ),
+    ),
+}

@@ -1,0 +1,61 @@
+"""Files written whole or not at all: to a temporary name in the same folder, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# A killed process leaves its temporary file behind. One this old belongs to nobody any more.
+_ABANDONED_SECONDS = 3600
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends, and vanishes when the block raises.
+
+    Readers see the old file or the new one, also after a kill or a power cut. A symbolic link
+    stays a link: the file it points to is replaced. Raises OSError (FileNotFoundError where the
+    folder does not exist).
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {path}: the folder {target.parent} does not exist; create it first"
+        )
+    _remove_abandoned(target)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Not tempfile: its files are readable by their owner only, and so would `path` be.
+        with open(temporary, "xb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _remove_abandoned(target: Path) -> None:
+    with contextlib.suppress(OSError):  # housekeeping: another process may be at it too
+        for path in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """`text` as UTF-8, line ends as they are."""
+    with atomic_write(path) as f:
+        f.write(text.encode("utf-8"))
+
+
+def write_json_atomic(path: str | Path, obj: Any) -> None:
+    """`obj` as JSON, indented by 2, non-ASCII text as it is."""
+    write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")

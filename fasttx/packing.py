@@ -1,0 +1,180 @@
+"""Text without padding: ragged token ids, packed batches, and the way between packed and padded.
+
+Shapes: B sequences, T rows (tokens of the whole batch), L padded length, N tokens in a corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TRUNCATIONS = ("head", "tail", "head+tail")
+
+
+@dataclass(frozen=True)
+class RaggedIds:
+    """Token ids of many texts in one flat array: text i is `values[offsets[i]:offsets[i + 1]]`.
+
+    values (N,) int32, offsets (texts + 1,) int64.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def from_lists(cls, sequences: Sequence[Sequence[int]]) -> RaggedIds:
+        offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
+        np.cumsum([len(s) for s in sequences], out=offsets[1:])
+        values = np.fromiter((i for s in sequences for i in s), np.int32, count=int(offsets[-1]))
+        return cls(values, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        i = range(len(self))[i]
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(texts,) int64."""
+        return np.diff(self.offsets)
+
+    def _gather(self, starts: np.ndarray, lengths: np.ndarray) -> RaggedIds:
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        # row r of text i comes from starts[i] + (r - offsets[i])
+        rows = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return RaggedIds(self.values[rows], offsets)
+
+    def select(self, indices: np.ndarray) -> RaggedIds:
+        """The texts with these indices, in their order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        return self._gather(self.offsets[indices], self.lengths[indices])
+
+    def truncate(self, max_len: int, how: str = "head") -> RaggedIds:
+        """Every text cut to at most `max_len` tokens: its head, its tail, or half of each."""
+        if how not in TRUNCATIONS:
+            raise ValueError(f"truncation {how!r}; expected one of {', '.join(TRUNCATIONS)}")
+        lengths = np.minimum(self.lengths, max_len)
+        if how == "head":
+            return self._gather(self.offsets[:-1], lengths)
+        if how == "tail":
+            return self._gather(self.offsets[1:] - lengths, lengths)
+        head = np.minimum(lengths, np.where(self.lengths > max_len, max_len // 2, max_len))
+        pieces = np.stack([self.offsets[:-1], self.offsets[1:] - (lengths - head)], 1).ravel()
+        halves = self._gather(pieces, np.stack([head, lengths - head], 1).ravel())
+        return RaggedIds(halves.values, halves.offsets[::2].copy())
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B texts laid end to end in T rows; rows past `cu_seqlens[-1]` belong to nobody (a dead tail).
+
+    input_ids (T,) int64, position_ids (T,) int32, cu_seqlens (B + 1,) int32,
+    max_seqlen an upper bound on the lengths (it affects speed only), labels (B,) int64 or None.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            cu_seqlens=move(self.cu_seqlens),
+            labels=None if self.labels is None else move(self.labels),
+        )
+
+    def pin_memory(self) -> PackedBatch:
+        """For DataLoader and for asynchronous copies to a GPU."""
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            position_ids=self.position_ids.pin_memory(),
+            cu_seqlens=self.cu_seqlens.pin_memory(),
+            labels=None if self.labels is None else self.labels.pin_memory(),
+        )
+
+    def model_inputs(self) -> dict[str, Tensor | int]:
+        """The arguments of `TransformerClassifier.forward`."""
+        return {
+            "input_ids": self.input_ids,
+            "cu_seqlens": self.cu_seqlens,
+            "position_ids": self.position_ids,
+            "max_seqlen": self.max_seqlen,
+        }
+
+
+def pack(
+    ids: RaggedIds, labels: np.ndarray | None = None, *, token_multiple: int = 1
+) -> PackedBatch:
+    """Lay `ids` end to end. T is rounded up to `token_multiple` with a dead tail of <PAD>,
+    for devices that compile or cache one program per shape."""
+    starts, lengths = ids.offsets[:-1], ids.lengths
+    total = int(ids.offsets[-1])
+    rows = -(-total // token_multiple) * token_multiple
+    input_ids = np.zeros(rows, dtype=np.int64)
+    input_ids[:total] = ids.values
+    position_ids = np.zeros(rows, dtype=np.int32)
+    position_ids[:total] = np.arange(total) - np.repeat(starts, lengths)
+    return PackedBatch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(ids.offsets.astype(np.int32)),
+        int(lengths.max(initial=0)),
+        None if labels is None else torch.from_numpy(np.asarray(labels, dtype=np.int64)),
+    )
+
+
+def unpad(input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Real tokens of a padded batch, packed: input_ids (B, L) -> (T,), and cu_seqlens (B + 1,).
+
+    attention_mask (B, L) bool or 0/1, 1 = real token; None means `input_ids != 0`. Padding may
+    stand on either side or in between. Under torch.compile the shape stays fixed: T = B * L,
+    and the padding becomes a dead tail.
+    """
+    mask = input_ids != 0 if attention_mask is None else attention_mask.bool()
+    cu_seqlens = mask.new_zeros(len(mask) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = mask.sum(1).cumsum(0)
+    flat = mask.flatten()
+    if torch.compiler.is_compiling():
+        order = (~flat).to(torch.uint8).argsort(stable=True)
+        return input_ids.flatten()[order], cu_seqlens
+    return input_ids.flatten()[flat], cu_seqlens
+
+
+def sequence_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """(rows,) int64: which sequence each row belongs to; B for the dead tail."""
+    row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+
+
+def positions(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """(rows,) int32: the place of each row in its sequence; 0 in the dead tail."""
+    sequence = sequence_ids(cu_seqlens, rows)
+    row = torch.arange(rows, device=cu_seqlens.device, dtype=torch.int32)
+    dead = sequence == len(cu_seqlens) - 1
+    return (row - cu_seqlens[sequence]).masked_fill(dead, 0)
+
+
+def shuffled_batches(
+    count: int, batch_size: int, *, seed: int, epoch: int
+) -> Iterable[np.ndarray]:
+    """Index arrays of one epoch; a pure function of (seed, epoch), so a resume needs no state."""
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return (order[i : i + batch_size] for i in range(0, count, batch_size))
