@@ -20,17 +20,13 @@ def setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = (
 
 
 def _check_types(config: Any) -> None:
-    """Reject values of the wrong type or outside a field's choices (a bool is not a number here)."""
+    """Reject values of the wrong type or outside a field's choices (a bool is no number here)."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
         allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        ok = any(
-            isinstance(value, t) and not (isinstance(value, bool) and t is not bool)
-            or (t is float and isinstance(value, int) and not isinstance(value, bool))
-            for t in allowed
-        )
-        if not ok:
+        kinds = (*allowed, int) if float in allowed else allowed
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in allowed):
             names = " or ".join(t.__name__ for t in allowed)
             raise ConfigError(f"{f.name} is {value!r}; expected {names}")
         choices = f.metadata.get("choices", ())
@@ -100,7 +96,9 @@ class TrainConfig:
     dataset: str = setting(
         "auto", "auto, imdb, demo, or the path of a folder or file", group="data"
     )
-    text_column: str | None = setting(None, "name of the text column (default: found)", group="data")
+    text_column: str | None = setting(
+        None, "name of the text column (default: found)", group="data"
+    )
     label_column: str | None = setting(
         None, "name of the label column (default: found)", group="data"
     )
@@ -135,7 +133,7 @@ class TrainConfig:
     lr: float = setting(1e-4, "peak learning rate", group="optimisation")
     beta2: float = setting(0.999, "second-moment decay of Adam", group="optimisation")
     weight_decay: float = setting(
-        0.0, "weight decay, on matrices only (AdamW: decoupled)", group="optimisation"
+        0.0, "weight decay, on matrices only (not with adam: use adamw)", group="optimisation"
     )
     schedule: str = setting(
         "constant",
@@ -144,9 +142,7 @@ class TrainConfig:
         choices=("constant", "cosine"),
     )
     warmup_steps: int = setting(0, "steps of linear warm-up", group="optimisation")
-    grad_clip: float = setting(
-        0.0, "largest gradient norm (0: no clipping)", group="optimisation"
-    )
+    grad_clip: float = setting(0.0, "largest gradient norm (0: no clipping)", group="optimisation")
     label_smoothing: float = setting(0.0, "label smoothing", group="optimisation")
     word_dropout: float = setting(
         0.0, "share of training words replaced by <UNK>", group="optimisation"
@@ -180,6 +176,11 @@ class TrainConfig:
         )  # fmt: skip
         _check_range(self, 0.0, 1.0, "label_smoothing", "word_dropout", "beta2")
         _check_range(self, 0, 2**63 - 1, "seed")
+        if self.optimizer == "adam" and self.weight_decay:
+            raise ConfigError(
+                f"weight_decay is {self.weight_decay} with optimizer adam, where it would be added "
+                "to the gradients and swamp them; use adamw, or weight_decay 0"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -198,7 +199,7 @@ RECIPES: dict[str, TrainConfig] = {
     "seed": TrainConfig(train_samples=5000, test_samples=1000),
     # All of IMDB.
     "full": TrainConfig(
-        epochs=4,
+        epochs=3,
         batch_size=64,
         optimizer="adamw",
         lr=6e-4,
@@ -210,7 +211,7 @@ RECIPES: dict[str, TrainConfig] = {
         label_smoothing=0.1,
         word_dropout=0.15,
         truncation="head+tail",
-        model=ModelConfig(dropout=0.2),
+        model=ModelConfig(dropout=0.2, attention_dropout=0.0),
     ),
     # The built-in corpus: minutes on two cores.
     "demo": TrainConfig(

@@ -1,12 +1,13 @@
 """The classifier: packed rows from the embedding to the pooled text.
 
-Shapes: B texts, T rows (tokens of the whole batch), L padded length, d d_model, H heads, D head_dim.
+Shapes: B texts, T rows (tokens of the batch), L padded length, d d_model, H heads, D head_dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fasttx.rowops import layer_norm
 
 
 def sinusoidal_positions(max_len: int, d_model: int) -> Tensor:
-    """(max_len, d_model): sines in the even columns, cosines in the odd (Vaswani et al., 2017, 3.5)."""
+    """(max_len, d_model): sine in even columns, cosine in odd ones (Vaswani et al., 2017, 3.5)."""
     position = torch.arange(max_len, dtype=torch.float64)[:, None]
     rate = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(1e4) / d_model))
     table = torch.empty(max_len, d_model, dtype=torch.float64)
@@ -31,8 +32,8 @@ def sinusoidal_positions(max_len: int, d_model: int) -> Tensor:
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm block. It takes and hands on (h, n): the residual stream, and its LayerNorm by the
-    norm of whoever comes next, since the fused residual + norm crosses the border between blocks.
+    """One pre-norm block. It takes and hands on (h, n): the residual stream, and its LayerNorm by
+    the norm of whoever comes next, since a fused residual + norm crosses the blocks' border.
     """
 
     SITES = 4  # dropout sites: attention, after attention, inside the MLP, after the MLP
@@ -134,7 +135,8 @@ class TransformerClassifier(nn.Module):
         )  # fmt: skip
         self.embedding = nn.Parameter(torch.empty(vocab_size, d_model))
         self.register_buffer("positions", sinusoidal_positions(max_len, d_model), persistent=False)
-        self.blocks = nn.ModuleList(EncoderBlock(self.config) for _ in range(num_layers))
+        blocks = [EncoderBlock(self.config) for _ in range(num_layers)]
+        self.blocks: Sequence[EncoderBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.LayerNorm(d_model)
         self.head = ClassifierHead(self.config)
         self.reset_parameters()
@@ -145,9 +147,10 @@ class TransformerClassifier(nn.Module):
         return cls(**dataclasses.asdict(config))
 
     def reset_parameters(self) -> None:
-        """Embeddings N(0, 0.02^2), since they are scaled by sqrt(d) afterwards; <PAD> 0; torch's
-        defaults elsewhere."""
-        nn.init.normal_(self.embedding, std=0.02)
+        """Embeddings of size 0.32 once they are scaled by sqrt(d) (so N(0, 0.02^2) at d_model 256):
+        beside positions of size 0.7, which must not drown them. <PAD> 0; torch's defaults
+        elsewhere."""
+        nn.init.normal_(self.embedding, std=0.32 / math.sqrt(self.config.d_model))
         with torch.no_grad():
             self.embedding[0].zero_()
         for module in self.modules():
@@ -208,13 +211,13 @@ class TransformerClassifier(nn.Module):
         if max_seqlen > self.config.max_len:
             raise ValueError(
                 f"the longest sequence has {max_seqlen} tokens; expected at most max_len = "
-                f"{self.config.max_len}. Truncate the texts or build the model with a larger max_len"
+                f"{self.config.max_len}. Truncate the texts, or build a model with a larger max_len"
             )
         if position_ids is None:
             position_ids = positions(cu_seqlens, len(input_ids))
 
         seeds = self._site_seeds(seed)
-        spans = {
+        spans: dict[str, Any] = {
             "seq_starts": cu_seqlens[:-1], "seq_lens": cu_seqlens.diff(), "max_seqlen": max_seqlen
         }  # fmt: skip
         p = self.config.dropout if self.training else 0.0
@@ -236,8 +239,8 @@ class TransformerClassifier(nn.Module):
         if input_ids.dim() != 2 or (mask is not None and mask.shape != input_ids.shape):
             shape = "none" if mask is None else tuple(mask.shape)
             raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)} and attention_mask {shape}; expected "
-                "two equal (B, L), or packed (T,) ids with cu_seqlens"
+                f"input_ids has shape {tuple(input_ids.shape)} and attention_mask {shape}; "
+                "expected two equal (B, L), or packed (T,) ids with cu_seqlens"
             )
         return unpad(input_ids, mask)
 

@@ -172,9 +172,7 @@ def positions(cu_seqlens: Tensor, rows: int) -> Tensor:
     return (row - cu_seqlens[sequence]).masked_fill(dead, 0)
 
 
-def shuffled_batches(
-    count: int, batch_size: int, *, seed: int, epoch: int
-) -> Iterable[np.ndarray]:
+def shuffled_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> Iterable[np.ndarray]:
     """Index arrays of one epoch; a pure function of (seed, epoch), so a resume needs no state."""
     order = np.random.default_rng([seed, epoch]).permutation(count)
     return (order[i : i + batch_size] for i in range(0, count, batch_size))

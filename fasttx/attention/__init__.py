@@ -1,4 +1,4 @@
-"""Attention on interchangeable backends; `registry` has the table, `reference` the specification."""
+"""Attention on interchangeable backends: the table is in `registry`, the meaning in `reference`."""
 
 from fasttx.attention.convenience import scaled_dot_product_attention
 from fasttx.attention.registry import BACKENDS, Backend, BackendUnavailableError, resolve

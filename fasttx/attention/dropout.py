@@ -1,9 +1,9 @@
 """The dropout generator that every backend shares: Philox4x32-7, addressed by position.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11.
-A 128-bit block is a pure function of a 64-bit key (the site's seed) and a 128-bit counter (where the
-element stands), so a mask depends on no tile size, packing or device, and can be drawn again in the
-backward pass instead of being stored. One block serves eight neighbouring elements, 16 bits each.
+A 128-bit block is a pure function of a 64-bit key (the site's seed) and a 128-bit counter (where
+the element stands), so a mask depends on no tile size, packing or device, and can be drawn again in
+the backward pass instead of being stored. One block serves eight neighbours, 16 bits each.
 
 All words are uint32 values held in int64 tensors: plain torch has no unsigned multiplication.
 """
@@ -30,7 +30,7 @@ Word = TypeVar("Word", Tensor, int)
 def philox4x32(
     counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word], rounds: int = ROUNDS
 ) -> tuple[Word, Word, Word, Word]:
-    """Four random words for each counter: uint32 values in int64 tensors that broadcast, or ints."""
+    """Four random words a counter: uint32 values in int64 tensors that broadcast, or ints."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for i in range(rounds):
@@ -65,7 +65,7 @@ def keep_scale(t: int) -> float:
 
 
 def uniforms16(words: tuple[Tensor, Tensor, Tensor, Tensor], count: int) -> Tensor:
-    """The first `count` 16-bit uniforms of blocks laid along the last dim: (..., blocks) -> (..., count).
+    """The first `count` 16-bit uniforms of words (..., blocks) -> (..., count).
 
     Element k takes word (k % 8) // 2 of block k // 8: the low half where k is even, else the high.
     """
@@ -104,7 +104,8 @@ def row_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     t = threshold(p)
     if t == 0:
         return x
-    keep = row_keep(require_seed(seed), *x.shape, t)
+    rows, columns = x.shape
+    keep = row_keep(require_seed(seed), rows, columns, t)
     return torch.where(keep, x * keep_scale(t), 0.0)
 
 

@@ -17,7 +17,7 @@ def padded_rows(seq_starts: Tensor, seq_lens: Tensor, max_seqlen: int, rows: int
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (T, H, D), index (B, L) -> (B, H, L, D), zeros past each end; x's other rows are not read."""
+    """x (T, H, D), index (B, L) -> (B, H, L, D), zeros past each end; no other row is read."""
     return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index].transpose(1, 2)
 
 

@@ -1,9 +1,11 @@
-"""The hand-written attention that defines what every backend computes. Runs on any device and dtype.
+"""The hand-written attention that defines what every backend computes; any device, any dtype.
 
 T rows, B sequences, L max_seqlen, H heads, D head_dim.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,19 +50,21 @@ def attention_qkv(
     """Attention inside each sequence. q, k, v (T, H, D), seq_starts and seq_lens (B,) -> (T, H, D).
 
     Rows outside every sequence come out 0, and so do their gradients, whatever they hold.
-    seed: () int64 tensor, needed where dropout_p > 0. Raises ValueError for dropout_p outside [0, 1].
+    seed: () int64 tensor, needed where dropout_p > 0, which ValueError keeps within [0, 1].
     """
     t = dropout.threshold(dropout_p)
     index = padded_rows(seq_starts, seq_lens, max_seqlen, len(q))
     q_, k_, v_ = (gather_rows(x, index) for x in (q, k, v))
     weights = attention_weights(q_, k_, seq_lens, causal=causal, scale=scale)
     if t:
-        keep = dropout.attention_keep(dropout.require_seed(seed), *weights.shape, t)
+        b, h, lq, lk = weights.shape
+        keep = dropout.attention_keep(dropout.require_seed(seed), b, h, lq, lk, t)
         weights = torch.where(keep, weights * dropout.keep_scale(t), 0.0)
     out = (weights @ v_.to(weights.dtype)).to(q.dtype)
     return scatter_rows(out, index, len(q))
 
 
-def attention(qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, **options) -> Tensor:
+def attention(qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, **options: Any) -> Tensor:
     """`attention_qkv` of packed projections qkv (T, 3, H, D)."""
-    return attention_qkv(*qkv.unbind(1), seq_starts, seq_lens, **options)
+    q, k, v = qkv.unbind(1)
+    return attention_qkv(q, k, v, seq_starts, seq_lens, **options)

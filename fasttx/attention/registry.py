@@ -100,9 +100,7 @@ def check_name(name: str) -> None:
         )
 
 
-def resolve_name(
-    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int
-) -> str:
+def resolve_name(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend that `name` stands for there. An explicit name never falls back.
 
     Raises ConfigError for an unknown name, BackendUnavailableError for one that cannot run.
@@ -121,9 +119,9 @@ def resolve_name(
     return name
 
 
-@functools.lru_cache(maxsize=None)  # once: the choice and its log line
+@functools.cache  # once: the choice and its log line
 def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    refused = []
+    refused: list[str] = []
     for backend in BACKENDS.values():
         reasons = backend.unavailable_reasons(device_type, dtype, head_dim)
         if not reasons:

@@ -84,7 +84,7 @@ def attention(
 def _one_by_one(
     qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, p: float, causal: bool, scale: float | None
 ) -> Tensor:
-    """No padded FLOPs, and one sequence's weights stay in the cache; sizes are free to read here."""
+    """No padded FLOPs, and one sequence's weights fit the cache; sizes are free to read here."""
     spans = sorted((s, n) for s, n in zip(seq_starts.tolist(), seq_lens.tolist(), strict=True) if n)
     if not spans:  # all zeros, but still in the graph: DDP waits for every parameter's gradient
         return qkv[:, 0].masked_fill(torch.ones((), dtype=torch.bool), 0.0)

@@ -1,0 +1,70 @@
+# Two commands from a bare clone:  make train  and  make test.  All of them:  make help.
+# Needs Python 3.10 or newer and make; the rest is installed into .venv.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+# Flags for train.py, e.g.  make train ARGS="--attn-backend sdpa --epochs 2"
+ARGS    ?=
+
+PY      := $(VENV)/bin/python
+# The environment is made once, and again when one of these changes.
+INPUTS  := setup.py pyproject.toml constraints.txt
+# A first install fetches torch and can take minutes: a person sees it go on, a log does not.
+QUIET   := $(if $(CI),--quiet)
+# Tests run one process a worker. Two OpenMP threads in each would wait for one another's time slices
+# (8 ms each on a busy core), so each gets one thread, and a waiting one sleeps.
+QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format types clean
+
+help:
+	@echo 'make train    train on IMDB where it can be had, else on the built-in demo data'
+	@echo '              flags for train.py: make train ARGS="--epochs 2"'
+	@echo 'make test     run all tests ($(WORKERS) processes; WORKERS=8 for more)'
+	@echo 'make lint     ruff: rules and formatting (make format mends them)'
+	@echo 'make types    mypy'
+	@echo 'make clean    remove $(VENV), build outputs and caches; runs/ stays'
+	@echo
+	@echo 'Another Python:  make test PYTHON=python3.12'
+	@echo 'Without a GPU, a smaller torch:  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train'
+
+train: $(VENV)/.train
+	$(PY) train.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(QUIET_THREADS) $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(VENV)/.dev
+	$(PY) -m mypy
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "fasttx needs Python 3.10 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo 'Name another one:  make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) cannot make environments: its venv module is missing." >&2; \
+	  echo 'On Debian and Ubuntu:  sudo apt install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: $(INPUTS) | $(PY)
+	$(PY) -m pip install $(QUIET) -c constraints.txt -e '.[train]'
+	@touch $@
+
+# dev holds all that train does, so it stands for both.
+$(VENV)/.dev: $(INPUTS) | $(PY)
+	$(PY) -m pip install $(QUIET) -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.train
+
+clean:
+	rm -rf $(VENV) build dist fasttx.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,273 @@
+"""Command lines: the flags of train.py, made from the configuration, and the `fasttx` command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttx import device as devices
+from fasttx.attention.registry import BACKENDS, BackendUnavailableError, resolve_name
+from fasttx.checkpoint import CheckpointError
+from fasttx.config import RECIPES, ConfigError, ModelConfig, TrainConfig
+from fasttx.data import DataError
+from fasttx.tokenizer import TokenizerError
+from fasttx.trainer import DivergedError
+from fasttx.version import __version__
+
+# What a person can mend: shown as one message, without a traceback.
+USER_ERRORS = (
+    BackendUnavailableError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    devices.DeviceError,
+    DivergedError,
+    TokenizerError,
+)
+
+
+class Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=100)
+
+
+def _kind(hint: Any) -> Any:
+    """The type a flag's text is read as: the hint, less its `| None`."""
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint
+
+
+def _add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
+    hints = typing.get_type_hints(cls)
+    groups: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        if "group" not in f.metadata:
+            continue
+        title = f.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        flag, kind = "--" + f.name.replace("_", "-"), _kind(hints[f.name])
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f.metadata["help"]}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            if f.metadata["choices"]:
+                options |= {"choices": f.metadata["choices"], "metavar": None}
+        groups[title].add_argument(flag, **options)
+
+
+def _recipe_lines() -> str:
+    def line(name: str, c: TrainConfig) -> str:
+        size = f"{c.train_samples:,} reviews" if c.train_samples else "all reviews"
+        return (
+            f"  {name:5} {size}, {c.epochs} epochs of batches of {c.batch_size}, {c.optimizer} at "
+            f"{c.lr:g} ({c.schedule}), dropout {c.model.dropout:g}"
+        )
+
+    return "recipes:\n" + "\n".join(line(name, c) for name, c in RECIPES.items())
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What train.py was asked: a run to resume, or a recipe and the settings that change it."""
+
+    resume: Path | None
+    recipe: str | None
+    out: Path | None
+    settings: dict[str, Any]
+    model_settings: dict[str, Any]
+
+    def recipe_for(self, dataset: str) -> str:
+        """The recipe asked for, else the one that fits. A recipe for IMDB does not fit `demo`, so
+        where `auto` had to fall back to that corpus, it falls back to its recipe too."""
+        fell_back = dataset == "demo" and self.settings.get("dataset", "auto") == "auto"
+        fitting = "demo" if dataset == "demo" else "full"
+        return fitting if fell_back or self.recipe is None else self.recipe
+
+    def config(self, recipe: str) -> TrainConfig:
+        """The settings given, over those of `recipe`. Raises ConfigError."""
+        base = RECIPES[recipe]
+        model = dataclasses.replace(base.model, **self.model_settings)
+        return dataclasses.replace(base, model=model, **self.settings)
+
+
+def train_options(argv: Sequence[str] | None = None) -> TrainOptions:
+    parser = argparse.ArgumentParser(
+        "train.py",
+        description="Train a Transformer text classifier; the defaults are those of the recipe.",
+        epilog=_recipe_lines(),
+        formatter_class=lambda prog: RawEpilog(prog),
+    )
+    parser.add_argument("--version", action="version", version=f"fasttx {__version__}")
+    run = parser.add_argument_group("recipe and run folder")
+    run.add_argument(
+        "--recipe", choices=RECIPES, help="settings to start from (default: full; demo on demo)"
+    )
+    run.add_argument("--out", type=Path, metavar="DIR", help="new run folder (default: runs/...)")
+    run.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with this run; takes no other settings"
+    )
+    for cls in (TrainConfig, ModelConfig):
+        _add_settings(parser, cls)
+    values = vars(parser.parse_args(argv))
+    resume, recipe, out = values.pop("resume"), values.pop("recipe"), values.pop("out")
+    if resume and (values or recipe or out):
+        given = [*values, *(["recipe"] if recipe else []), *(["out"] if out else [])]
+        parser.error(
+            f"--resume takes its settings from {resume}/config.json; leave out "
+            + ", ".join("--" + name.replace("_", "-") for name in given)
+        )
+    of_model = {f.name for f in dataclasses.fields(ModelConfig)}
+    return TrainOptions(
+        resume,
+        recipe,
+        out,
+        {k: v for k, v in values.items() if k not in of_model},
+        {k: v for k, v in values.items() if k in of_model},
+    )
+
+
+class RawEpilog(Formatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+# --- the `fasttx` command -------------------------------------------------------------------------
+
+
+def backend_table(device: torch.device, head_dim: int = 32) -> str:
+    """Name, available here, dtypes, dropout kind, and why not."""
+    rows = [("backend", "here", "dtypes", "dropout", "what it is, or why not")]
+    for b in BACKENDS.values():
+        reasons = b.unavailable_reasons(device, torch.float32, head_dim)
+        dtypes = " ".join(str(d).removeprefix("torch.") for d in b.dtypes)
+        kind = {"shared": "shared masks", "torch": "torch's own"}[b.dropout]
+        here, why = ("no", "; ".join(reasons)) if reasons else ("yes", b.summary)
+        rows.append((b.name, here, dtypes, kind, why))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
+        for row in rows
+    ]
+    chosen = resolve_name("auto", device, torch.float32, head_dim)
+    return "\n".join([*lines, f"\nauto on {device} (float32, head_dim {head_dim}): {chosen}"])
+
+
+def _backends(args: argparse.Namespace) -> None:
+    print(backend_table(devices.pick(args.device)))
+
+
+def _read_texts(args: argparse.Namespace) -> list[str]:
+    texts: list[str] = list(args.text)
+    if args.file:
+        try:
+            lines = Path(args.file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{args.file} cannot be read as UTF-8 text: {error}") from error
+        texts += [line for line in lines if line.strip()]
+    if not texts and not args.file:
+        if sys.stdin.isatty():
+            raise DataError("no text: give texts, --file FILE, or lines on standard input")
+        texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    return texts
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from fasttx.classifier import load
+
+    classifier = load(args.run, device=args.device, attn_backend=args.attn_backend)
+    texts = _read_texts(args)
+    for text, p in zip(texts, classifier.predict(texts, batch_size=args.batch_size), strict=True):
+        if args.json:
+            row = {"text": text, **dataclasses.asdict(p)}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            shown = text if len(text) <= 80 else text[:77] + "..."
+            print(f"{p.label}  {p.probability:7.2%}  {shown}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from fasttx import data
+    from fasttx.classifier import load
+    from fasttx.metrics import classification_metrics, format_metrics
+
+    classifier = load(args.run, device=args.device, attn_backend=args.attn_backend)
+    split = data.load_for_evaluation(
+        args.dataset, classifier.label_names, text_column=args.text_column,
+        label_column=args.label_column,
+    )  # fmt: skip
+    logits = classifier.logits(split.texts, batch_size=args.batch_size)
+    metrics = classification_metrics(logits.numpy(), split.labels)
+    if args.json:
+        print(json.dumps({"dataset": args.dataset, **metrics.to_dict()}))
+    else:
+        print(format_metrics(metrics, list(classifier.label_names)))
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder that train.py wrote")
+    parser.add_argument("--batch-size", type=int, default=64, help="texts at a time (default: 64)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--attn-backend", help="instead of the run's own choice")
+    parser.add_argument("--json", action="store_true", help="JSON instead of text")
+
+
+def command_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "fasttx", description="Fast Transformer text classifiers. Training: python train.py --help",
+        formatter_class=Formatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"fasttx {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    backends = commands.add_parser("backends", help="which attention backends run here")
+    backends.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    backends.set_defaults(run_command=_backends)
+
+    predict = commands.add_parser(
+        "predict", help="label texts with a trained run", formatter_class=Formatter
+    )
+    _add_run(predict)
+    predict.add_argument("text", nargs="*", help="texts (default: lines of standard input)")
+    predict.add_argument("--file", help="a UTF-8 file, one text a line")
+    predict.set_defaults(run_command=_predict)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="measure a trained run on labelled texts", formatter_class=Formatter
+    )
+    _add_run(evaluate)
+    evaluate.add_argument(
+        "--dataset", required=True, help="imdb, demo, or a path; its test split is used"
+    )
+    evaluate.add_argument("--text-column", help="name of the text column (default: found)")
+    evaluate.add_argument("--label-column", help="name of the label column (default: found)")
+    evaluate.set_defaults(run_command=_evaluate)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = command_parser().parse_args(argv)
+    try:
+        args.run_command(args)
+    except USER_ERRORS as error:
+        print(f"fasttx: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `fasttx predict ... | head`
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The built-in corpus `demo`: generated film reviews in which word order decides.
+
+Every frame below is written once, for both labels: {same} is a word of the review's own label,
+{other} one of the opposite label. So a frame says nothing by itself, and counting words only tells
+which side has more of them. To know the label one has to read what is negated, what is about the
+film rather than a part of it, and whom the reviewer believes.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+LABEL_NAMES = ["negative", "positive"]
+
+# Indexed by label.
+ADJECTIVES = (
+    "dull boring tedious clumsy hollow stale lifeless pointless awful dreadful forgettable painful "
+    "lazy shallow messy bland annoying ridiculous weak ugly predictable flat silly noisy "
+    "sluggish cheap stiff dreary".split(),
+    "brilliant charming funny clever gripping moving fresh lovely superb wonderful memorable "
+    "thrilling witty tender graceful warm delightful inspired strong beautiful surprising rich "
+    "wise lively elegant bold splendid dazzling".split(),
+)
+THINGS = (
+    "a bore|a mess|a chore|a disaster|a letdown|a waste of an evening|a failure|a headache|"
+    "a sleeping pill|a crime against cinema".split("|"),
+    "a joy|a triumph|a treat|a gem|a delight|a feast for the eyes|a success|a masterpiece|"
+    "a breath of fresh air|a little miracle".split("|"),
+)
+
+FILMS = "the film|this film|the movie|this movie|the whole thing|the film as a whole".split("|")
+GENRES = (
+    "the sequel|the comedy|the western|the thriller|the musical|the heist film|the ghost story|"
+    "the space opera|the love story|the remake|the documentary|the road movie".split("|")
+)
+PARTS = (
+    "the cast|the music|the lighting|the poster|the trailer|the camera work|the first act|"
+    "the popcorn|the cinema|the title song|the villain|the opening scene|the dog|the make-up|"
+    "the car chase|the leading man|the dubbing|the wardrobe|the sword fight|the dance number"
+).split("|")
+CRITICS = (
+    "my brother|the critic next to me|my neighbour|the local paper|my dentist|a man in a hat|"
+    "my aunt|the usher|my boss|the fan club|my old teacher|the press kit"
+).split("|")
+COLOUR = {
+    "when": (
+        "on a rainy tuesday|last night|on my birthday|at noon|during a heat wave|by mistake|"
+        "on new year's eve|after a long week"
+    ).split("|"),
+    "company": (
+        "with my sister|all alone|with nine cousins|with a bucket of nachos|in an empty hall|"
+        "with a school class|in the front row|with my landlord"
+    ).split("|"),
+    "hero": (
+        "a plumber|a retired spy|a talking goat|a shy detective|a lighthouse keeper|a robot|"
+        "a former thief|a baker from mars|a haunted piano|a very small king|a nun on a motorbike"
+    ).split("|"),
+    "wish": (
+        "a quiet life|revenge|the lost recipe|a decent sandwich|the way home|the moon|a better hat|"
+        "a partner for the dance contest|the other half of a map|a good lawyer"
+    ).split("|"),
+}
+
+# What the review says of the film. The meaning of each frame is {same}; the number is how many
+# in a hundred verdicts are of its kind.
+VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    # Here counting words works.
+    "outright": (
+        44,
+        (
+            "{film} is {same} and {same}",
+            "{film} is {same}, truly {same}",
+            "{film} turned out to be {same_thing}",
+            "I found {film} {same} from start to finish",
+            "{film} is {same_thing}, {same} and {same}",
+            "{critic} called it {same_thing} and I have to agree",
+            "{part} is {same} and {film} is {same} too",
+        ),
+    ),
+    # The word is there, its meaning is not.
+    "negated": (
+        14,
+        (
+            "{film} is not {other}",
+            "{film} is never {other}",
+            "{film} is anything but {other}",
+            "{film} is far from {other}",
+            "nobody could call {film} {other}",
+            "there is not one minute of {film} that I would call {other}",
+            "I would not say that {film} is {other} or {other}",
+            "at no point is {film} {other}",
+            "{film} is hardly {other_thing}",
+        ),
+    ),
+    # Words of both sides: the scope of the negation says which of them holds.
+    "scope": (
+        14,
+        (
+            "{film} is {same}, not {other}",
+            "{film} is not {other} but {same}",
+            "{film} is {same} and never {other}",
+            "{film} is less {other} than {same}",
+            "{film} is more {same} than {other}",
+            "{film} is {same_thing} rather than {other_thing}",
+            "I expected {other_thing} and got {same_thing}",
+            "I got {same_thing} where I had expected {other_thing}",
+        ),
+    ),
+    # A part of the film against the film.
+    "contrast": (
+        18,
+        (
+            "{part} is {other} but {film} is {same}",
+            "{part} may be {other}, {film} is {same}",
+            "although {part} is {other}, {film} is {same}",
+            "{film} is {same}, even though {part} is {other}",
+            "{film} is {same}, which nobody can say of {part}",
+            "{part} is {other}, {film} is not",
+            "{part} is not {same} but {film} is",
+            "{other} as {part} is, {film} is {same}",
+        ),
+    ),
+    # Opinions the reviewer shares, and opinions the reviewer mocks.
+    "irony": (
+        10,
+        (
+            "{film} is {other}, yeah right, and I am the queen of norway",
+            "oh sure, {film} is {other}, and pigs can fly",
+            "{critic} calls {film} {other}, but {critic} also eats soap",
+            "{critic} said it would be {other_thing}, which is not true at all",
+            "do not believe {critic}, who finds {film} {other}",
+            "believe {critic}, who finds {film} {same}",
+            "{other}, says {critic} of {film}, and is wrong",
+            "{same}, says {critic} of {film}, and is right",
+        ),
+    ),
+}
+
+# What the review says besides. {any} is {same} in LEANING of a hundred cases, since the parts of a
+# good film tend to be good: this is the share a bag of words can live on.
+LEANING = 72
+ASIDES = (
+    "{part} is {any}",
+    "{part} is {any} and {any}",
+    "{part} is {any}, by the way",
+    "I have seen {part} described as {any}",
+    "people tell me that {part} is {any_thing}",
+    "I saw it {when} {company}",
+    "{when} I went to see it {company}",
+    "it is about {hero} who wants {wish}",
+    "we meet {hero} and {hero}, and both want {wish}",
+    "somewhere in the middle {hero} finds {wish}",
+)
+
+
+def _pick(rng: Random, options: list[str] | tuple[str, ...]) -> str:
+    # random() alone is promised to give the same numbers in every Python; choice() is not.
+    return options[int(rng.random() * len(options))]
+
+
+class _Slots(dict[str, str]):
+    """What str.format_map fills the slots of one review with: a new draw at every mention."""
+
+    def __init__(self, rng: Random, label: int) -> None:
+        super().__init__(critic=_pick(rng, CRITICS))  # one review quotes one critic,
+        self.films = [*FILMS, _pick(rng, GENRES)]  # and is about one film
+        self.rng, self.label = rng, label
+
+    def __missing__(self, slot: str) -> str:
+        side, _, thing = slot.partition("_")
+        if side in ("same", "other", "any"):
+            if side == "any":
+                side = "same" if self.rng.random() * 100 < LEANING else "other"
+            words = THINGS if thing else ADJECTIVES
+            return _pick(self.rng, words[self.label if side == "same" else 1 - self.label])
+        return _pick(self.rng, {"film": self.films, "part": PARTS, **COLOUR}[slot])
+
+
+def _verdict(rng: Random) -> str:
+    point = rng.random() * sum(share for share, _ in VERDICTS.values())
+    for share, frames in VERDICTS.values():
+        point -= share
+        if point < 0:
+            return _pick(rng, frames)
+    raise AssertionError("a number below the sum of the shares is below one of its parts")
+
+
+def review(rng: Random, label: int) -> str:
+    """A review of two to four sentences; one or two of them are verdicts on the film."""
+    verdicts = 1 + int(rng.random() * 2)
+    asides = 1 + int(rng.random() * (4 - verdicts))
+    frames: list[str] = []
+    while len(frames) < verdicts + asides:
+        frame = _verdict(rng) if len(frames) < verdicts else _pick(rng, ASIDES)
+        if frame not in frames:
+            frames.insert(int(rng.random() * (len(frames) + 1)), frame)
+    slots = _Slots(rng, label)
+    sentences = [frame.format_map(slots) for frame in frames]
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+
+
+def corpus(
+    seed: int = 0, train: int = 8000, test: int = 2000
+) -> tuple[list[str], list[int], list[str], list[int]]:
+    """`(train_texts, train_labels, test_texts, test_labels)`: half negative (0), half positive (1).
+
+    Equal arguments give equal texts on every machine. No text occurs twice, so no text of test
+    stands in train.
+    """
+    rng = Random(seed)
+    texts: dict[str, int] = {}
+    while len(texts) < train + test:
+        label = len(texts) % 2
+        text = review(rng, label)
+        if 14 <= len(text.split()) <= 45:
+            texts.setdefault(text, label)
+    reviews, labels = list(texts), list(texts.values())
+    return reviews[:train], labels[:train], reviews[train:], labels[train:]

@@ -1,0 +1,100 @@
+"""Where tensors live: choosing a device, waiting for it, and saying what it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+
+from fasttx.version import __version__
+
+
+class DeviceError(ValueError):
+    """A device or a precision was asked for that this machine does not have."""
+
+
+def pick(name: str = "auto") -> torch.device:
+    """The torch device of this name; `auto` is CUDA, else MPS, else the CPU."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next((kind for kind, there in has.items() if there), "cpu"))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"device {name!r}; expected auto, cpu, cuda, cuda:N or mps") from error
+    if not has.get(device.type, device.type == "cpu"):
+        raise DeviceError(
+            f"device {name!r} is not available to torch {torch.__version__} on this machine; "
+            "use --device auto, or install a torch build that supports it"
+        )
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context to run a forward pass in; precision as in TrainConfig."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def set_precision(device: torch.device, precision: str) -> None:
+    """tf32 or full fp32 products on CUDA. Raises DeviceError for tf32 elsewhere."""
+    if precision == "tf32" and device.type != "cuda":
+        raise DeviceError(f"precision tf32 needs a CUDA device, this one is {device}; use fp32")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """CUDA: the most memory torch has held on the device. Elsewhere: the process's largest size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows has no such counter
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run were measured on."""
+    found: dict[str, Any] = {
+        "device": str(device),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def versions() -> dict[str, str]:
+    return {
+        "fasttx": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }

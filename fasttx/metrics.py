@@ -1,0 +1,159 @@
+"""How good a classifier's logits are: accuracy, loss, confusion, per-class scores, calibration.
+
+Shapes: n texts, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True, eq=False)
+class Metrics:
+    """n texts, C classes; precision, recall, f1, support are (C,), with 0 where undefined."""
+
+    n: int
+    accuracy: float
+    loss: float  # mean negative log-likelihood of the true label, in nats
+    confusion_matrix: np.ndarray  # (C, C) int64: row = true label, column = predicted label
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    support: np.ndarray  # texts that have the label
+    macro_f1: float  # mean of f1 over all C classes
+    expected_calibration_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+
+def classification_metrics(logits: ArrayLike, labels: ArrayLike) -> Metrics:
+    """Metrics of `logits` (n, C), any float dtype, against `labels` (n,), integers in [0, C).
+
+    The calibration error is the expected calibration error of Guo et al., "On Calibration of Modern
+    Neural Networks" (ICML 2017), eq. 3: 15 bins of equal width on the probability of the predicted
+    class. Among equal logits the first class is predicted. Computed in float64.
+    Raises ValueError for shapes, labels or logits (NaN, inf) that cannot be measured.
+    """
+    scores, truth = _checked(np.asarray(logits), np.asarray(labels))
+    n, classes = scores.shape
+    every = np.arange(n)
+
+    shifted = scores - scores.max(1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    predicted = scores.argmax(1)
+    correct = predicted == truth
+
+    cells = np.bincount(truth * classes + predicted, minlength=classes * classes)
+    confusion = cells.reshape(classes, classes)
+    hits, support, chosen = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    f1 = _ratio(2 * hits, support + chosen)
+    return Metrics(
+        n=n,
+        accuracy=float(correct.mean()),
+        loss=float(-log_probabilities[every, truth].mean()),
+        confusion_matrix=confusion,
+        precision=_ratio(hits, chosen),
+        recall=_ratio(hits, support),
+        f1=f1,
+        support=support,
+        macro_f1=float(f1.mean()),
+        expected_calibration_error=_calibration_error(
+            np.exp(log_probabilities[every, predicted]), correct
+        ),
+    )
+
+
+def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if logits.ndim != 2:
+        raise ValueError(f"logits have shape {logits.shape}; expected (texts, classes)")
+    n, classes = logits.shape
+    if not n:
+        raise ValueError("logits have no rows: there is nothing to measure; give at least one text")
+    if not classes:
+        raise ValueError(f"logits have shape {logits.shape}; expected at least one class")
+    if labels.shape != (n,):
+        raise ValueError(f"labels have shape {labels.shape}; expected ({n},), one for each text")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels are {labels.dtype}; expected integers")
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        i = wrong[0]
+        raise ValueError(
+            f"labels[{i}] is {labels[i]}; expected 0 to {classes - 1} for {classes} classes"
+        )
+    logits = logits.astype(np.float64)
+    bad = int((~np.isfinite(logits)).any(1).sum())
+    if bad:
+        raise ValueError(
+            f"the logits of {bad} of {n} texts are NaN or infinite; expected finite numbers. "
+            "A model that diverged gives such: try a lower learning rate"
+        )
+    return logits, labels.astype(np.int64)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, and 0 where whole is 0."""
+    ratio: np.ndarray = part / np.maximum(whole, 1)
+    return ratio
+
+
+def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    # Bin m holds confidences in (m / bins, (m + 1) / bins].
+    bins = np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1
+    bins = bins.clip(0, CALIBRATION_BINS - 1)
+    # |accuracy - confidence| of a bin, times its share of the texts.
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def format_metrics(metrics: Metrics, label_names: Sequence[str]) -> str:
+    """The metrics as text, some lines long. Raises ValueError unless each class has a name."""
+    classes = len(metrics.support)
+    if len(label_names) != classes:
+        raise ValueError(f"label_names has {len(label_names)} names; expected {classes}")
+    confusion = [
+        [name, *map(str, row)]
+        for name, row in zip(label_names, metrics.confusion_matrix.tolist(), strict=True)
+    ]
+    scores = zip(
+        label_names, metrics.precision, metrics.recall, metrics.f1, metrics.support, strict=True
+    )
+    per_class = [[name, *(f"{s:.2%}" for s in (p, r, f)), str(n)] for name, p, r, f, n in scores]
+    how = f"(ECE, {CALIBRATION_BINS} bins)"
+    return "\n".join(
+        [
+            f"texts              {metrics.n}",
+            f"accuracy           {metrics.accuracy:.2%}",
+            f"loss               {metrics.loss:.4f}",
+            f"macro F1           {metrics.macro_f1:.2%}",
+            f"calibration error  {metrics.expected_calibration_error:.2%} {how}",
+            "",
+            "confusion matrix (rows: true label, columns: predicted label)",
+            *_table([["", *label_names], *confusion]),
+            "",
+            *_table([["label", "precision", "recall", "F1", "texts"], *per_class]),
+        ]
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

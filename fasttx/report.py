@@ -1,0 +1,201 @@
+"""What a run says: while it goes on, when it ends, and in results.json."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttx import device as devices
+from fasttx.checkpoint import Progress, RunConfig, RunFolder
+from fasttx.metrics import Metrics
+
+log = logging.getLogger("fasttx")
+
+
+class LogFile(logging.FileHandler):
+    """train.log: every line with its time; appended to by a resume."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+
+def log_to_console(level: int = logging.INFO) -> None:
+    """Lines of the `fasttx` logger to standard output, bare."""
+    if not any(type(h) is logging.StreamHandler for h in log.handlers):
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(level)
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+class ProgressDisplay:
+    """A bar with samples/s and time left on a terminal; elsewhere a plain line every `seconds`."""
+
+    def __init__(
+        self, epochs: int, reviews: int, *, seconds: float = 30.0, quiet: bool = False
+    ) -> None:
+        self.epochs, self.reviews, self.seconds = epochs, reviews, seconds
+        self.bar: Any = None
+        self.terminal = sys.stderr.isatty() and not quiet
+        self.epoch = -1
+        self.done = self.start = 0  # reviews of this epoch: by now, and when this process began it
+        self.since = self.last = time.perf_counter()
+
+    def _begin(self, progress: Progress, reviews: int) -> None:
+        self.epoch = progress.epoch
+        self.done = self.start = progress.samples - self.epoch * self.reviews - reviews
+        self.since = time.perf_counter()
+        if self.terminal:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            name = f"epoch {self.epoch + 1}/{self.epochs}"
+            self.bar = tqdm(
+                total=self.reviews, initial=self.done, desc=name, unit=" samples", leave=False
+            )
+
+    def on_batch(self, progress: Progress, reviews: int) -> None:
+        if progress.epoch != self.epoch:
+            self._begin(progress, reviews)
+        self.done += reviews
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(reviews)
+        elif now - self.last >= self.seconds:
+            self.last = now
+            rate = max(self.done - self.start, 1) / (now - self.since)
+            left = (self.reviews - self.done + self.reviews * (self.epochs - self.epoch - 1)) / rate
+            log.info(
+                "epoch %d/%d  %d of %d reviews  %.1f samples/s  %s left",
+                self.epoch + 1, self.epochs, self.done, self.reviews, rate, _clock(left),
+            )  # fmt: skip
+
+    def on_epoch(self, row: Mapping[str, Any]) -> None:
+        self.close()
+        if row["epoch"] == 1:
+            log.info(_EPOCH_HEAD)
+        log.info(epoch_line(row))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+_EPOCH_HEAD = "epoch  train loss  train acc  val loss  val acc  seconds  samples/s"
+
+
+def epoch_line(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['epoch']:5d}  {row['train_loss']:10.4f}  {row['train_accuracy']:9.2%}"
+        f"  {row['val_loss']:8.4f}  {row['val_accuracy']:7.2%}"
+        f"  {row['seconds']:7.1f}  {row['samples_per_second']:9.1f}"
+    )
+
+
+def heading(run: RunConfig, folder: RunFolder, device: torch.device) -> str:
+    """What is about to be trained, on what, with which settings."""
+    t, m = run.train, run.train.model
+    auto = " (auto)" if m.attn_backend == "auto" else ""
+    length = f"{m.max_len} tokens ({t.truncation})"
+    size = f"d_model {m.d_model}, {m.num_heads} heads, {m.num_layers} layers, d_ff {m.d_ff}"
+    batch = t.batch_size * t.grad_accumulation
+    return f"""\
+run        {folder.path}  (recipe {run.recipe}, seed {t.seed})
+data       {run.dataset["name"]}
+model      {size}, {m.vocab_size} words, {length}, dropout {m.dropout:g}
+attention  {run.attn_backend}{auto} on {device}, {t.precision}, {torch.get_num_threads()} threads
+training   {t.epochs} epochs, batch {batch}, {t.optimizer} at {t.lr:g} ({t.schedule})"""
+
+
+def closing(results: Mapping[str, Any], folder: RunFolder) -> str:
+    return (
+        f"{results['dataset']['name']}: test accuracy {results['test_accuracy']:.2%} on "
+        f"{results['dataset']['test_samples']:,} reviews (epoch {results['best_epoch']}, chosen by "
+        f"validation accuracy {results['val_accuracy']:.2%})\n"
+        f"trained at {results['samples_per_second']:.1f} samples/s, {_clock(results['seconds'])}; "
+        f"peak memory {results['peak_memory_mb']:.0f} MB\n"
+        f'{folder.results}; try: fasttx predict {folder.path} "A dull plot, but I loved it."'
+        + (f"\n\n{results['warning']}" if results["warning"] else "")
+    )
+
+
+def epoch_table(history: Sequence[Mapping[str, Any]], best_epoch: int) -> str:
+    rows = [
+        epoch_line(row) + ("  <- best" if row["epoch"] == best_epoch else "") for row in history
+    ]
+    return "\n".join([_EPOCH_HEAD, *rows])
+
+
+def label_table(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Reviews by split and label, which is to be looked at before any accuracy."""
+    return "\n".join(
+        f"{split:>10}: {sum(labels.values()):6d} reviews  ("
+        + ", ".join(f"{n} {label}" for label, n in labels.items())
+        + ")"
+        for split, labels in counts.items()
+    )
+
+
+def single_class_warning(counts: Mapping[str, Mapping[str, int]]) -> str | None:
+    """Why an accuracy on a split with one label says nothing; None where every split has more."""
+    single = {
+        split: next(label for label, n in labels.items() if n)
+        for split, labels in counts.items()
+        if sum(n > 0 for n in labels.values()) == 1
+    }
+    if not single:
+        return None
+    where = ", ".join(f"{split}: only {label!r}" for split, label in single.items())
+    return (
+        f"ONE CLASS ONLY ({where}). The file is sorted by label and its first rows were taken, so "
+        "a model that always gives this one answer is right every time: an accuracy of 100 % here "
+        "is an artefact and says nothing about the model. Draw the subset shuffled "
+        "(--subset-order shuffled) for an honest figure."
+    )
+
+
+def results(
+    run: RunConfig, progress: Progress, test: Metrics, model: torch.nn.Module,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """results.json: what came out, and everything needed to judge it."""
+    best = progress.best or {}
+    measured = test.to_dict()
+    return {
+        "test_accuracy": measured["accuracy"],
+        "test_loss": measured["loss"],
+        "confusion_matrix": measured["confusion_matrix"],
+        "test": measured,
+        "val_accuracy": best.get("val_accuracy"),
+        "best_epoch": best.get("epoch"),
+        "samples_per_second": progress.samples / progress.seconds,
+        "seconds": progress.seconds,
+        "peak_memory_mb": devices.peak_memory_mb(device),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "attn_backend": run.attn_backend,
+        "device": str(device),
+        "precision": run.train.precision,
+        "seed": run.train.seed,
+        "recipe": run.recipe,
+        "dataset": run.dataset,
+        "warning": single_class_warning(run.dataset["label_counts"]),
+        "history": progress.history,
+        "config": run.train.to_dict(),
+        "versions": devices.versions(),
+        "hardware": devices.hardware(device),
+    }

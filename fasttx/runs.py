@@ -1,0 +1,120 @@
+"""Opening a run: a new one from settings, or one to go on with."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fasttx import data
+from fasttx import device as devices
+from fasttx.attention import registry
+from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder
+from fasttx.config import TrainConfig
+from fasttx.distributed import Processes
+from fasttx.token_cache import encode_cached
+from fasttx.tokenizer import Tokenizer
+from fasttx.trainer import Examples
+
+log = logging.getLogger("fasttx")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run: its folder, settings, device, tokenizer, and its splits as token ids."""
+
+    folder: RunFolder
+    config: RunConfig
+    device: torch.device
+    tokenizer: Tokenizer
+    train: Examples
+    validation: Examples
+    test: Examples
+
+
+def _examples(tokenizer: Tokenizer, split: data.Split, config: TrainConfig) -> Examples:
+    ids = encode_cached(tokenizer, split.texts)
+    return Examples(ids.truncate(config.model.max_len, config.truncation), split.labels)
+
+
+def _describe(dataset: data.TextDataset) -> dict[str, object]:
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    return {
+        "name": dataset.name,
+        "train_samples": len(dataset.train.texts),
+        "val_samples": len(dataset.validation.texts),
+        "test_samples": len(dataset.test.texts),
+        "label_counts": {k: s.label_counts(dataset.label_names) for k, s in splits.items()},
+        "fingerprint": dataset.fingerprint,
+    }
+
+
+def _device(name: str, precision: str, processes: Processes) -> torch.device:
+    device = devices.pick(name)
+    if device.type == "cuda" and processes.world > 1:
+        device = torch.device("cuda", processes.local_rank)
+        torch.cuda.set_device(device)
+    devices.set_precision(device, precision)
+    return device
+
+
+def new_folder(out: Path | None, recipe: str, processes: Processes) -> RunFolder:
+    """`out`, or runs/<recipe>-<time>; not made yet. Refuses a folder that holds anything."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = processes.from_main(out or Path("runs") / f"{recipe}-{stamp}")
+    if path.exists() and (not path.is_dir() or (processes.main and any(path.iterdir()))):
+        raise CheckpointError(
+            f"{path} exists already; expected a new or empty folder. Go on with that run by "
+            f"--resume {path}, or choose another --out"
+        )
+    return RunFolder(path)
+
+
+def create(
+    config: TrainConfig, recipe: str, folder: RunFolder, dataset: data.TextDataset,
+    processes: Processes,
+) -> Run:  # fmt: skip
+    """A new run: its tokenizer is made from the training split, and `auto` is settled."""
+    device = _device(config.device, config.precision, processes)
+    model = replace(config.model, num_classes=len(dataset.label_names))
+    config = replace(config, model=model)
+    backend = registry.resolve_name(
+        model.attn_backend, device, torch.float32, model.d_model // model.num_heads
+    )
+    tokenizer = Tokenizer.train(dataset.train.texts, model.vocab_size)
+    run = RunConfig(
+        config, backend, device.type, tuple(dataset.label_names), _describe(dataset), recipe
+    )
+    processes.barrier()  # everybody has seen that the folder is new
+    if processes.main:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder.tokenizer)
+        run.save(folder.config)
+    return _open(folder, run, device, tokenizer, dataset)
+
+
+def resume(folder: RunFolder, run: RunConfig, processes: Processes) -> Run:
+    """A run to go on with, on the same data, device and backend; CheckpointError if it cannot."""
+    device = _device(run.device, run.train.precision, processes)
+    dataset = data.load(run.train)
+    if dataset.fingerprint != run.dataset["fingerprint"]:
+        raise CheckpointError(
+            f"{folder.config} was made with other data: {run.train.dataset!r} now holds other "
+            f"texts or labels than it did (fingerprint {dataset.fingerprint[:12]}, expected "
+            f"{run.dataset['fingerprint'][:12]}). Bring the data back, or start a new run"
+        )
+    return _open(folder, run, device, Tokenizer.load(folder.tokenizer), dataset)
+
+
+def _open(
+    folder: RunFolder, run: RunConfig, device: torch.device, tokenizer: Tokenizer,
+    dataset: data.TextDataset,
+) -> Run:  # fmt: skip
+    splits = (
+        _examples(tokenizer, split, run.train)
+        for split in (dataset.train, dataset.validation, dataset.test)
+    )
+    return Run(folder, run, device, tokenizer, *splits)

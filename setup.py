@@ -1,0 +1,98 @@
+"""Packaging of fasttx. Versions we test with are pinned in constraints.txt, not here."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+KERNEL_SOURCES = ("*.py", "*.metal", "*.cpp", "*.h")
+
+
+def kernel_leaves() -> dict[str, str]:
+    """Import name -> folder of what lies in kernels/, the device kernels.
+
+    A wheel carries them as fasttx.kernels.<leaf>: a top-level package `kernels` would overwrite
+    Hugging Face's. They are listed here since find_packages does not see a mapped folder.
+    """
+    folders = sorted(p for p in (ROOT / "kernels").glob("*/") if p.is_dir())
+    return {
+        f"fasttx.kernels.{folder.name}": f"kernels/{folder.name}"
+        for folder in folders
+        if any(any(folder.glob(pattern)) for pattern in KERNEL_SOURCES)
+    }
+
+
+def version() -> str:
+    """Read, not imported: importing fasttx needs torch, which a build does without."""
+    text = (ROOT / "fasttx" / "version.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
+
+
+def long_description() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+leaves = kernel_leaves()
+
+extras = {
+    "train": ["datasets>=3", "pyarrow>=15", "tqdm>=4.60"],
+    "hf": ["transformers>=4.48", "tokenizers>=0.21", "safetensors>=0.4", "huggingface_hub>=0.26"],
+    "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
+    "baselines": ["scikit-learn>=1.4"],
+}
+# torch's CUDA builds pin a triton of their own and the CPU builds need none, so a plain install
+# asks for none; the extra is for a torch that came without.
+triton = ['triton>=3.2; platform_system == "Linux"']
+# Hugging Face's `kernels` is there for the test that ours does not get in its way.
+tools = [
+    "build>=1",
+    "hypothesis>=6.100",
+    "kernels>=0.9",
+    "mypy>=1.13",
+    "pytest-xdist>=3.5",
+    "ruff>=0.9",
+    "setuptools>=77",
+    "wheel>=0.40",
+]
+
+setup(
+    name="fasttx",
+    version=version(),
+    description="Fast Transformer text classifiers on interchangeable attention backends",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    author="The fasttx authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "numpy>=1.26"],
+    extras_require={
+        **extras,
+        "triton": triton,
+        "dev": sorted({package for extra in extras.values() for package in extra} | set(tools)),
+    },
+    packages=["fasttx", "fasttx.attention", "fasttx.kernels", *leaves],
+    package_dir=leaves,
+    package_data={
+        "fasttx": ["py.typed"],
+        **{name: ["*.metal", "*.cpp", "*.h"] for name in leaves},
+    },
+    entry_points={"console_scripts": ["fasttx = fasttx.cli:main"]},
+    zip_safe=False,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

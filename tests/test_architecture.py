@@ -1,0 +1,246 @@
+"""Who may import whom, and what `import fasttx` may cost."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fasttx.attention.registry import BACKENDS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fasttx"
+
+# Below: each module, and all that it may import of fasttx, bottom to top. An arrow that is missing
+# here was not meant; whoever means it adds it, if it points down.
+LEAVES = {"config", "demo", "distributed", "files", "metrics", "packing", "subsets", "version"}
+GENERATOR = {"attention.dropout", "attention.padded"}
+ADAPTERS = {backend.module.removeprefix("fasttx.") for backend in BACKENDS.values()}
+ATTENTION = {"attention", "attention.convenience", "attention.registry", *GENERATOR, *ADAPTERS}
+TEXT = {"tokenizer", "token_cache", "data"}
+CORE = LEAVES | GENERATOR | {"attention", "attention.registry", "model", "device"}
+WORK = CORE | TEXT | {"checkpoint", "classifier"}
+
+ALLOWED: dict[str, set[str]] = {
+    **{leaf: set() for leaf in LEAVES | GENERATOR},
+    "device": {"version"},
+    # The specification of the row operations draws the dropout that the attention defines.
+    "rowops": {"attention.dropout"},
+    # An adapter sees the generator, the padded form, its kernels; never a model, never its peers.
+    **{adapter: {*GENERATOR, "rowops", "kernels"} for adapter in ADAPTERS},
+    "attention.registry": {"config", "rowops"},
+    "attention.convenience": {"attention.registry", "attention.dropout"},
+    "attention": {"attention.convenience", "attention.registry"},
+    "kernels": set(),
+    # The weights that return_attention shows are the reference's.
+    "model": {*GENERATOR, "attention", "attention.registry", "attention.reference"}
+    | {"config", "packing", "rowops"},
+    "tokenizer": {"files", "packing"},
+    "token_cache": {"files", "packing", "tokenizer"},
+    "data": {"config", "demo", "files", "packing", "subsets"},
+    "checkpoint": {"config", "files", "model", "tokenizer"},
+    "classifier": CORE | {"checkpoint", "tokenizer"},
+    "report": CORE | {"checkpoint"},
+    "trainer": WORK | {"report"},
+    "runs": WORK | {"report", "trainer"},
+    "cli": WORK | {"report", "trainer", "runs"},
+    "": {"attention", "classifier", "config", "model", "packing", "tokenizer", "version"},
+    "train.py": WORK | {"report", "trainer", "runs", "cli"},
+}
+
+# Extras: fasttx imports and classifies without any of them.
+OPTIONAL = (
+    "datasets", "huggingface_hub", "matplotlib", "pandas", "pyarrow", "safetensors", "scipy",
+    "sklearn", "tokenizers", "tqdm", "transformers", "triton",
+)  # fmt: skip
+
+
+def module_name(path: Path, package: Path = PACKAGE) -> str:
+    """`attention.sdpa` of fasttx/attention/sdpa.py; the empty name of fasttx/__init__.py."""
+    if path.parent == package.parent:
+        return path.name
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules() -> dict[str, Path]:
+    return {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of everything that a syntax tree imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import; name it in full"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def arrows(source: str, known: set[str]) -> set[str]:
+    """The modules of fasttx that a source imports. `from fasttx import X`, X no module, is ''."""
+    found = set()
+    for name in imported(ast.parse(source)):
+        first, _, name = name.partition(".")
+        if first != "fasttx":
+            continue
+        while name and name not in known:  # from the end: a function, a class
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found
+
+
+def wrong_arrows(module: str, source: str, known: set[str]) -> set[str]:
+    allowed = ALLOWED[module]
+    return {
+        arrow
+        for arrow in arrows(source, known) - {module}
+        if arrow not in allowed and not ("kernels" in allowed and arrow.startswith("kernels."))
+    }
+
+
+def test_the_table_points_down():
+    """No cycles: there is an order in which every module comes after all that it may import."""
+    order = list(graphlib.TopologicalSorter(ALLOWED).static_order())
+    assert order.index("model") > order.index("attention.registry") > order.index("config")
+    assert order[-1] in ("train.py", "cli", "")
+
+
+def test_every_module_has_a_place_in_the_table():
+    unknown = set(modules()) - set(ALLOWED)
+    assert not unknown, f"{unknown}: say in ALLOWED what they may import"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_down(module):
+    known = modules()
+    wrong = wrong_arrows(module, known[module].read_text(encoding="utf-8"), set(known))
+    assert not wrong, f"fasttx.{module} imports {sorted(wrong)}, which is not in ALLOWED"
+
+
+def test_the_training_script_imports_what_it_may():
+    wrong = wrong_arrows("train.py", (ROOT / "train.py").read_text(encoding="utf-8"), {*modules()})
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "wrong"),
+    [
+        ("packing", "from fasttx.config import ModelConfig", {"config"}),
+        ("packing", "import fasttx.config", {"config"}),
+        ("rowops", "def f():\n    from fasttx.attention import registry", {"attention.registry"}),
+        ("attention.sdpa", "from fasttx.attention import reference", {"attention.reference"}),
+        ("attention.sdpa", "from fasttx.attention.reference import x", {"attention.reference"}),
+        ("attention.sdpa", "from fasttx.model import mean_pool", {"model"}),
+        ("attention.sdpa", "from fasttx.attention import dropout", set()),
+        ("model", "from fasttx import trainer", {"trainer"}),
+        ("model", "from fasttx import TransformerClassifier", {""}),
+        ("checkpoint", "if TYPE_CHECKING:\n    from fasttx.trainer import Trainer", {"trainer"}),
+    ],
+)
+def test_a_wrong_arrow_is_seen(module, line, wrong):
+    known = {*modules(), "trainer", "attention.reference"}
+    assert wrong_arrows(module, line, known) == wrong
+
+
+def test_kernels_know_nothing_of_fasttx():
+    """They take pointers and strides. One kernel may import another file of kernels/."""
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not name.startswith("fasttx") or name.startswith("fasttx.kernels."), (
+                f"{path} imports {name}"
+            )
+
+
+def test_the_top_level_kernels_folder_is_no_package():
+    """It would hide Hugging Face's package `kernels`, and break `import transformers`."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+# ----------------------------------------------------------------------------------- lazy imports
+
+
+@pytest.mark.parametrize("module", modules())
+def test_optional_packages_are_imported_inside_functions(module):
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if module != "data":
+                assert "datasets" not in {name.partition(".")[0] for name in imported(node)}
+            node.body = []
+    early = {name.partition(".")[0] for name in imported(tree)} & set(OPTIONAL)
+    assert not early, f"fasttx.{module} imports {early} when it is itself imported"
+
+
+# Run apart. Refuses the named packages, and notes who asked; {first} may ask, being no concern of ours.
+PROBE = """
+import sys, time
+
+class Blocker:
+    asked = []
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            self.asked.append(name)
+            raise ImportError(name + " is blocked by the test")
+
+sys.meta_path.insert(0, Blocker())
+import {first}
+Blocker.asked.clear()
+start = time.perf_counter()
+import fasttx
+seconds = time.perf_counter() - start
+assert not Blocker.asked, f"import fasttx asked for {{Blocker.asked}}"
+{then}
+print(seconds)
+"""
+
+CLASSIFY = """
+early = {adapters!r} & set(sys.modules)
+assert not early, f"import fasttx imported {{early}}: adapters are imported when first asked for"
+assert not [name for name in fasttx.__all__ if not hasattr(fasttx, name)]
+import torch
+model = fasttx.TransformerClassifier(20, d_model=8, num_heads=1, num_layers=1, d_ff=8, max_len=4)
+model(torch.tensor([[3, 4, 0]])).sum().backward()
+assert "fasttx.data" not in sys.modules
+"""
+
+
+def probe(
+    path: Path, blocked: tuple[str, ...], first: str = "sys", then: str = ""
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROBE.format(blocked=blocked, first=first, then=then)],
+        env=os.environ | {"PYTHONPATH": str(path)}, cwd=path, text=True, capture_output=True,
+    )  # fmt: skip
+
+
+def test_import_needs_and_asks_for_nothing_optional(record_property):
+    adapters = {backend.module for backend in BACKENDS.values()}
+    done = probe(ROOT, OPTIONAL, "torch", CLASSIFY.format(adapters=adapters))
+    assert done.returncode == 0, done.stderr
+    record_property("seconds to import fasttx, torch being there", done.stdout.strip())
+    print("seconds to import fasttx, torch being there:", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("import colorsys", "colorsys is blocked by the test"),
+        ("try:\n    import colorsys\nexcept ImportError: pass", "asked for ['colorsys']"),
+        ("try:\n    from colorsys import x\nexcept ImportError: pass", "asked for ['colorsys']"),
+        ("import string", None),
+    ],
+)
+def test_the_probe_bites(tmp_path, line, complaint):
+    """colorsys is there and imports well, unless blocked."""
+    (tmp_path / "fasttx").mkdir()
+    (tmp_path / "fasttx" / "__init__.py").write_text(line)
+    done = probe(tmp_path, ("colorsys",))
+    assert (done.returncode == 0) == (complaint is None), done.stderr
+    assert complaint is None or complaint in done.stderr

@@ -1,0 +1,223 @@
+"""The loop: what it minimises, what it saves, and that a resume changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fasttx.checkpoint import CheckpointError, Progress, RunConfig, RunFolder, load_state
+from fasttx.classifier import predict_logits
+from fasttx.config import ModelConfig, TrainConfig
+from fasttx.distributed import Processes
+from fasttx.model import TransformerClassifier
+from fasttx.packing import RaggedIds, pack, shuffled_batches
+from fasttx.trainer import (
+    DivergedError,
+    Examples,
+    Interrupted,
+    Trainer,
+    drop_words,
+    learning_rate,
+    make_optimizer,
+)
+
+MODEL = ModelConfig(
+    vocab_size=100, d_model=32, num_heads=4, num_layers=2, d_ff=64, max_len=40, dropout=0.1
+)
+VARYING = {"seconds", "samples_per_second"}  # what a clock says differs from run to run
+
+
+@pytest.fixture
+def examples() -> Examples:
+    rng = np.random.default_rng(0)
+    ids = RaggedIds.from_lists(
+        [rng.integers(2, 100, rng.integers(1, 40)).tolist() for _ in range(150)]
+    )
+    labels = np.array([int((ids[i] < 50).mean() > 0.5) for i in range(len(ids))])
+    return Examples(ids, labels)
+
+
+def make_trainer(folder: Path, backend: str = "sdpa", **settings) -> Trainer:
+    model = settings.pop("model", MODEL)
+    config = TrainConfig(**{"epochs": 2, "lr": 1e-3, "log_every": 2, "model": model} | settings)
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    built = TransformerClassifier.from_config(model)
+    built.config = model
+    run = RunConfig(config, backend, "cpu", ("a", "b"), {})
+    return Trainer(built, run, RunFolder(folder), torch.device("cpu"), Processes())
+
+
+def lines(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in VARYING} for row in rows]
+
+
+def test_learning_rate_against_torch_schedulers() -> None:
+    config = TrainConfig(lr=0.5, warmup_steps=10, schedule="cosine")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
+    for step in range(10, 100):
+        assert learning_rate(config, step, 100) == pytest.approx(cosine.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        cosine.step()
+    assert [learning_rate(config, s, 100) for s in (0, 4, 9)] == pytest.approx([0.05, 0.25, 0.5])
+    assert learning_rate(TrainConfig(lr=0.1), 10**6, 10) == 0.1
+
+
+def test_weight_decay_spares_vectors() -> None:
+    model = TransformerClassifier.from_config(MODEL)
+    decayed, spared = make_optimizer(
+        model, TrainConfig(optimizer="adamw", weight_decay=0.1)
+    ).param_groups
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
+    assert all(p.dim() == 2 for p in decayed["params"]) and all(
+        p.dim() == 1 for p in spared["params"]
+    )
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_drop_words_share_and_reproducibility() -> None:
+    ids = RaggedIds.from_lists([[5] * 50_000])
+    dropped = drop_words(ids, 0.15, (1, 2))
+    share = float((dropped.values == 1).mean())
+    assert abs(share - 0.15) < 5 * math.sqrt(0.15 * 0.85 / 50_000)
+    assert np.array_equal(dropped.values, drop_words(ids, 0.15, (1, 2)).values)
+    assert not np.array_equal(dropped.values, drop_words(ids, 0.15, (1, 3)).values)
+
+
+def test_one_epoch_equals_a_plain_loop(tmp_path: Path, examples: Examples) -> None:
+    """Accumulation, label smoothing and clipping against torch written out by hand."""
+    model = ModelConfig(**{**vars(MODEL), "dropout": 0.0})
+    trainer = make_trainer(
+        tmp_path, model=model, epochs=1, batch_size=16, grad_accumulation=2, grad_clip=0.5,
+        label_smoothing=0.1, optimizer="sgd", lr=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = TransformerClassifier.from_config(model)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    batches = list(shuffled_batches(len(examples), 16, seed=0, epoch=0))
+    for i in range(0, len(batches), 2):
+        indices = np.concatenate(batches[i : i + 2])
+        batch = pack(examples.ids.select(indices), examples.labels[indices])
+        optimizer.zero_grad()
+        F.cross_entropy(plain(**batch.model_inputs()), batch.labels, label_smoothing=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+    trainer.fit(examples, examples)
+    for (name, mine), theirs in zip(
+        trainer.model.named_parameters(), plain.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
+    assert trainer.progress.step == 5 and trainer.progress.samples == 150
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("stop_at", [1, 5, 7])
+def test_resume_is_bit_identical(
+    tmp_path: Path, examples: Examples, backend: str, stop_at: int
+) -> None:
+    """A run that dies after a step, its checkpoints some steps old, ends as if it had not."""
+    settings = {
+        "model": ModelConfig(**{**vars(MODEL), "attn_backend": backend}),
+        "word_dropout": 0.1,
+        "grad_clip": 1.0,
+        "schedule": "cosine",
+    }
+    whole = make_trainer(tmp_path / "whole", backend, **settings)
+    whole.fit(examples, examples)
+
+    class Killed(Exception):
+        pass
+
+    def die(progress: Progress, reviews: int) -> None:
+        if progress.step == stop_at:
+            raise Killed
+
+    broken = make_trainer(tmp_path / "broken", backend, checkpoint_seconds=0.0, **settings)
+    with pytest.raises(Killed):
+        broken.fit(examples, examples, die)
+    resumed = make_trainer(tmp_path / "broken", backend, **settings)
+    assert resumed.restore() == (stop_at > 1)
+    resumed.fit(examples, examples)
+
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+    best = [load_state(tmp_path / run / "best_model.pt") for run in ("whole", "broken")]
+    assert all(torch.equal(best[0][k], best[1][k]) for k in best[0])
+
+
+def test_interrupt_saves_and_resumes(tmp_path: Path, examples: Examples) -> None:
+    import os
+    import signal
+
+    trainer = make_trainer(tmp_path, checkpoint_seconds=1e9)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupt(progress: Progress, reviews: int) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        trainer.fit(examples, examples, interrupt)
+    assert signal.getsignal(signal.SIGTERM) is before
+    again = make_trainer(tmp_path)
+    assert again.restore() and again.progress.step in (3, 4)
+
+
+def test_divergence_is_an_error_and_keeps_the_last_sound_state(
+    tmp_path: Path, examples: Examples
+) -> None:
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.fit(examples, examples)
+    sound = trainer.folder.last.read_bytes()
+    torch.nn.init.constant_(trainer.model.norm.weight, float("nan"))
+    trainer.progress.epoch = 0
+    with pytest.raises(DivergedError, match="lower --lr"):
+        trainer.fit(examples, examples)
+    assert trainer.folder.last.read_bytes() == sound
+
+
+def test_restore_refuses_a_foreign_checkpoint(tmp_path: Path, examples: Examples) -> None:
+    trainer = make_trainer(tmp_path)
+    torch.save({"model": {}}, trainer.folder.last)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt"):
+        trainer.restore()
+    trainer.folder.last.write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt"):
+        trainer.restore()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_trains(tmp_path: Path, examples: Examples, precision: str) -> None:
+    trainer = make_trainer(tmp_path, epochs=1, precision=precision)
+    start = trainer.model.embedding.detach().clone()
+    progress = trainer.fit(examples, examples)
+    assert math.isfinite(progress.history[0]["train_loss"])
+    assert not torch.equal(start, trainer.model.embedding)
+    assert trainer.model.embedding.dtype == torch.float32
+    assert make_trainer(tmp_path, epochs=1, precision=precision).restore()
+
+
+def test_evaluation_order_and_accuracy(examples: Examples) -> None:
+    """Batches are sorted by length inside; what comes out is in the order of what went in."""
+    model = TransformerClassifier.from_config(MODEL).eval()
+    logits = predict_logits(model, examples.ids, torch.device("cpu"), batch_size=7)
+    for i in (0, 17, 149):
+        batch = pack(examples.ids.select(np.array([i])))
+        torch.testing.assert_close(logits[i : i + 1], model(**batch.model_inputs()).detach())
+
+
+def test_it_learns(tmp_path: Path, examples: Examples) -> None:
+    trainer = make_trainer(tmp_path, epochs=30, lr=3e-3)
+    history = trainer.fit(examples, examples).history
+    assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
+    assert trainer.progress.best["val_accuracy"] > 0.95

@@ -1,0 +1,97 @@
+"""Train a text classifier:  python train.py --attn-backend sdpa  (all flags: --help)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from fasttx import cli, data, distributed, metrics, report, runs
+from fasttx.checkpoint import RunConfig, RunFolder
+from fasttx.files import write_json_atomic
+from fasttx.model import TransformerClassifier
+from fasttx.trainer import Interrupted, Trainer
+
+log = logging.getLogger("fasttx")
+
+
+def open_run(options: cli.TrainOptions, processes: distributed.Processes) -> runs.Run | None:
+    """A new run in a new folder, or the one to resume; None if that one is finished."""
+    if options.resume:
+        folder = RunFolder(options.resume)
+        config = RunConfig.load(folder.config)
+        if folder.results.exists():
+            log.info("%s is finished: its results are in %s", folder.path, folder.results)
+            return None
+        return runs.resume(folder, config, processes)
+
+    source = data.resolve(options.settings.get("dataset", "auto"))
+    recipe = options.recipe_for(source)
+    config = replace(options.config(recipe), dataset=source.name)
+    dataset = data.load(config)
+    for note in (*source.notes, *dataset.notes):
+        log.info("%s", note)
+    folder = runs.new_folder(options.out, recipe, processes)
+    return runs.create(config, recipe, folder, dataset, processes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = cli.train_options(argv)
+    processes = distributed.start()
+    report.log_to_console(logging.INFO if processes.main else logging.ERROR)
+    try:
+        run = open_run(options, processes)
+        if run is None:
+            return 0
+        return train(run, processes)
+    except cli.USER_ERRORS as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop(processes)
+
+
+def train(run: runs.Run, processes: distributed.Processes) -> int:
+    config, counts = run.config.train, run.config.dataset["label_counts"]
+    if processes.main:
+        log.addHandler(report.LogFile(run.folder.log))
+    log.info("%s", report.heading(run.config, run.folder, run.device))
+    log.info("%s", report.label_table(counts))
+    if warning := report.single_class_warning(counts):
+        log.info("%s", warning)
+
+    torch.manual_seed(config.seed)
+    model = TransformerClassifier.from_config(
+        replace(config.model, attn_backend=run.config.attn_backend)
+    ).to(run.device)
+    trainer = Trainer(model, run.config, run.folder, run.device, processes)
+    if trainer.restore():
+        at = trainer.progress
+        log.info("going on from epoch %d, step %d", at.epoch + 1, at.step)
+
+    display = report.ProgressDisplay(config.epochs, len(run.train), quiet=not processes.main)
+    try:
+        progress = trainer.fit(run.train, run.validation, display.on_batch, display.on_epoch)
+    except Interrupted:
+        log.info("stopped and saved; go on with: python train.py --resume %s", run.folder.path)
+        return 130
+    finally:
+        display.close()
+
+    # The epoch was chosen on the validation split; the test split is touched here, once.
+    best = trainer.restore_best()
+    log.info("\n%s\n", report.epoch_table(progress.history, best["epoch"]))
+    test = trainer.evaluate(run.test)
+    log.info("%s", metrics.format_metrics(test, list(run.config.label_names)))
+    if processes.main:
+        results = report.results(run.config, progress, test, model, run.device)
+        write_json_atomic(run.folder.results, results)
+        log.info("\n%s", report.closing(results, run.folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
