@@ -62,7 +62,8 @@ def _add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            metavar = {str: "NAME", int: "N", float: "X"}[kind]
+            options |= {"type": kind, "metavar": metavar}
             if f.metadata["choices"]:
                 options |= {"choices": f.metadata["choices"], "metavar": None}
         groups[title].add_argument(flag, **options)
@@ -73,7 +74,7 @@ def _recipe_lines() -> str:
         size = f"{c.train_samples:,} reviews" if c.train_samples else "all reviews"
         return (
             f"  {name:5} {size}, {c.epochs} epochs of batches of {c.batch_size}, {c.optimizer} at "
-            f"{c.lr:g} ({c.schedule}), dropout {c.model.dropout:g}"
+            f"{c.lr:g} ({c.schedule}), dropout {c.model.dropout_text}"
         )
 
     return "recipes:\n" + "\n".join(line(name, c) for name, c in RECIPES.items())

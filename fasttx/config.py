@@ -57,7 +57,7 @@ class ModelConfig:
     """The arguments of `TransformerClassifier`. The defaults have exactly 5,785,858 parameters."""
 
     vocab_size: int = setting(10_000, "rows of the token embedding", group="model")
-    num_classes: int = setting(2, "number of labels (a dataset sets it)", group="model")
+    num_classes: int = 2  # no flag: a run takes it from its dataset
     d_model: int = setting(256, "width of the residual stream", group="model")
     num_heads: int = setting(8, "attention heads", group="model")
     num_layers: int = setting(4, "encoder blocks", group="model")
@@ -87,6 +87,13 @@ class ModelConfig:
             raise ConfigError(
                 f"d_model is {self.d_model}; expected an even number (sine and cosine positions)"
             )
+
+    @property
+    def dropout_text(self) -> str:
+        """For people: 0.2, or 0.2 (attention 0) where the two differ."""
+        if self.attention_dropout in (None, self.dropout):
+            return f"{self.dropout:g}"
+        return f"{self.dropout:g} (attention {self.attention_dropout:g})"
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def load(config: TrainConfig) -> TextDataset:
 
 
 def load_for_evaluation(
-    path_or_name: str,
+    path_or_name: str | Path,
     label_names: Sequence[str],
     *,
     text_column: str | None = None,
@@ -189,7 +189,7 @@ def load_for_evaluation(
     Where there is no test split: validation, else the only one; of a single file all rows.
     Raises DataError, also for a label that the model does not know.
     """
-    corpus = _read(resolve(path_or_name).name, text_column, label_column)
+    corpus = _read(resolve(str(path_or_name)).name, text_column, label_column)
     order = [split, "validation"] if split == "test" else [split]
     found = [name for name in order if name in corpus.splits]
     if not found and len(corpus.splits) == 1:

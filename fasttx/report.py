@@ -117,7 +117,7 @@ def heading(run: RunConfig, folder: RunFolder, device: torch.device) -> str:
     return f"""\
 run        {folder.path}  (recipe {run.recipe}, seed {t.seed})
 data       {run.dataset["name"]}
-model      {size}, {m.vocab_size} words, {length}, dropout {m.dropout:g}
+model      {size}, {m.vocab_size} words, {length}, dropout {m.dropout_text}
 attention  {run.attn_backend}{auto} on {device}, {t.precision}, {torch.get_num_threads()} threads
 training   {t.epochs} epochs, batch {batch}, {t.optimizer} at {t.lr:g} ({t.schedule})"""
 

@@ -70,10 +70,10 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def imdb() -> Path:
-    """The folder $FASTTX_DATA, where the IMDB reviews lie; skips where it is not set."""
-    folder = os.environ.get("FASTTX_DATA")
-    if not folder:
+    """$FASTTX_DATA, where the IMDB reviews lie; skips where it is not set."""
+    path = os.environ.get("FASTTX_DATA")
+    if not path:
         pytest.skip("FASTTX_DATA is not set: it names the folder that holds the IMDB reviews")
-    if not Path(folder).is_dir():
-        pytest.fail(f"FASTTX_DATA is {folder!r}, which is no folder")
-    return Path(folder)
+    if not Path(path).exists():
+        pytest.fail(f"FASTTX_DATA is {path!r}, which does not exist")
+    return Path(path)

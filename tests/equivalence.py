@@ -220,6 +220,8 @@ def adapter_of(
     backend: Backend, device: str, dtype: torch.dtype = torch.float32, head_dim: int = 16
 ) -> Any:
     """The adapter, or a skip that gives the backend's own reasons."""
+    if device == "mps" and dtype == torch.float64:
+        pytest.skip("torch has no float64 on mps")
     reasons = backend.unavailable_reasons(device, dtype, head_dim)
     if reasons:
         pytest.skip(f"{backend.name} on {device}: " + "; ".join(reasons))

@@ -85,6 +85,13 @@ def check(
         measure(case, dtype, causal, p).check(f"{backend.name}, {entry}, {case}", **values)
 
 
+def test_unwritten_memory_is_poisoned():
+    """Else a backend that forgets a row would find zeros there, most of the time."""
+    x = torch.zeros(1000)
+    for fresh in (torch.empty(1000), torch.empty_like(x), x.new_empty(1000)):
+        assert fresh.isnan().all()
+
+
 # ---------------------------------------------------------------------- outputs and all gradients
 
 
