@@ -15,11 +15,10 @@ LABEL_NAMES = ["negative", "positive"]
 # Indexed by label.
 ADJECTIVES = (
     "dull boring tedious clumsy hollow stale lifeless pointless awful dreadful forgettable painful "
-    "lazy shallow messy bland annoying ridiculous weak ugly predictable flat silly noisy "
-    "sluggish cheap stiff dreary".split(),
+    "lazy shallow messy bland annoying ridiculous weak ugly predictable flat silly noisy".split(),
     "brilliant charming funny clever gripping moving fresh lovely superb wonderful memorable "
-    "thrilling witty tender graceful warm delightful inspired strong beautiful surprising rich "
-    "wise lively elegant bold splendid dazzling".split(),
+    "thrilling witty tender graceful warm inspired strong beautiful surprising rich lively "
+    "elegant splendid".split(),
 )
 THINGS = (
     "a bore|a mess|a chore|a disaster|a letdown|a waste of an evening|a failure|a headache|"
@@ -66,30 +65,24 @@ COLOUR = {
 VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
     # Here counting words works.
     "outright": (
-        44,
+        50,
         (
             "{film} is {same} and {same}",
-            "{film} is {same}, truly {same}",
             "{film} turned out to be {same_thing}",
             "I found {film} {same} from start to finish",
-            "{film} is {same_thing}, {same} and {same}",
             "{critic} called it {same_thing} and I have to agree",
             "{part} is {same} and {film} is {same} too",
         ),
     ),
     # The word is there, its meaning is not.
     "negated": (
-        14,
+        12,
         (
             "{film} is not {other}",
             "{film} is never {other}",
             "{film} is anything but {other}",
-            "{film} is far from {other}",
             "nobody could call {film} {other}",
             "there is not one minute of {film} that I would call {other}",
-            "I would not say that {film} is {other} or {other}",
-            "at no point is {film} {other}",
-            "{film} is hardly {other_thing}",
         ),
     ),
     # Words of both sides: the scope of the negation says which of them holds.
@@ -99,56 +92,43 @@ VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
             "{film} is {same}, not {other}",
             "{film} is not {other} but {same}",
             "{film} is {same} and never {other}",
-            "{film} is less {other} than {same}",
-            "{film} is more {same} than {other}",
             "{film} is {same_thing} rather than {other_thing}",
             "I expected {other_thing} and got {same_thing}",
-            "I got {same_thing} where I had expected {other_thing}",
         ),
     ),
     # A part of the film against the film.
     "contrast": (
-        18,
+        14,
         (
-            "{part} is {other} but {film} is {same}",
-            "{part} may be {other}, {film} is {same}",
+            "{part} is {other}, but {film} is {same}",
             "although {part} is {other}, {film} is {same}",
             "{film} is {same}, even though {part} is {other}",
-            "{film} is {same}, which nobody can say of {part}",
-            "{part} is {other}, {film} is not",
-            "{part} is not {same} but {film} is",
-            "{other} as {part} is, {film} is {same}",
+            "{part} may be {other}, {film} is {same}",
         ),
     ),
     # Opinions the reviewer shares, and opinions the reviewer mocks.
     "irony": (
         10,
         (
-            "{film} is {other}, yeah right, and I am the queen of norway",
             "oh sure, {film} is {other}, and pigs can fly",
+            "{film} is {other}, yeah right, and I am the queen of norway",
             "{critic} calls {film} {other}, but {critic} also eats soap",
-            "{critic} said it would be {other_thing}, which is not true at all",
             "do not believe {critic}, who finds {film} {other}",
             "believe {critic}, who finds {film} {same}",
-            "{other}, says {critic} of {film}, and is wrong",
-            "{same}, says {critic} of {film}, and is right",
         ),
     ),
 }
 
 # What the review says besides. {any} is {same} in LEANING of a hundred cases, since the parts of a
-# good film tend to be good: this is the share a bag of words can live on.
-LEANING = 72
+# good film tend to be good.
+LEANING = 70
 ASIDES = (
     "{part} is {any}",
-    "{part} is {any} and {any}",
-    "{part} is {any}, by the way",
-    "I have seen {part} described as {any}",
     "people tell me that {part} is {any_thing}",
     "I saw it {when} {company}",
     "{when} I went to see it {company}",
     "it is about {hero} who wants {wish}",
-    "we meet {hero} and {hero}, and both want {wish}",
+    "{hero} and an old enemy both want {wish}",
     "somewhere in the middle {hero} finds {wish}",
 )
 
@@ -187,8 +167,8 @@ def _verdict(rng: Random) -> str:
 
 def review(rng: Random, label: int) -> str:
     """A review of two to four sentences; one or two of them are verdicts on the film."""
-    verdicts = 1 + int(rng.random() * 2)
-    asides = 1 + int(rng.random() * (4 - verdicts))
+    verdicts = 1 if rng.random() < 0.7 else 2
+    asides = 1 + int(rng.random() * 2)
     frames: list[str] = []
     while len(frames) < verdicts + asides:
         frame = _verdict(rng) if len(frames) < verdicts else _pick(rng, ASIDES)

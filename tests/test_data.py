@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fasttx import data
+from fasttx import corpora, data
 from fasttx.config import TrainConfig
 from fasttx.data import DataError, load, load_for_evaluation, resolve
 
@@ -684,9 +684,9 @@ def test_evaluation_of_unknown_labels(tmp_path: Path, written: Any, names: list[
 
 @pytest.fixture
 def no_hub_cache() -> Iterator[None]:
-    data._hub_imdb.cache_clear()
+    corpora.hub_imdb.cache_clear()
     yield
-    data._hub_imdb.cache_clear()
+    corpora.hub_imdb.cache_clear()
 
 
 def hub_answers(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
@@ -695,7 +695,7 @@ def hub_answers(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
             raise answer
         return answer
 
-    monkeypatch.setattr(data, "_hub_imdb", asked)
+    monkeypatch.setattr(corpora, "hub_imdb", asked)
 
 
 def test_auto_takes_the_named_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -733,7 +733,7 @@ def test_auto_takes_imdb_next(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_falls_to_demo_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTTX_DATA", "")
-    hub_answers(monkeypatch, data._Unavailable("the moon is in the way"))
+    hub_answers(monkeypatch, corpora.Unavailable("the moon is in the way"))
     source = resolve("auto")
     assert source.name == "demo"
     said = " ".join(line.strip("* ") for line in source.notes)
@@ -744,7 +744,7 @@ def test_auto_falls_to_demo_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_imdb_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub_answers(monkeypatch, data._Unavailable("the moon is in the way"))
+    hub_answers(monkeypatch, corpora.Unavailable("the moon is in the way"))
     assert resolve("imdb") == data.Source("imdb")
     with pytest.raises(DataError, match=r"the moon is in the way.*--dataset PATH.*--dataset demo"):
         load(TrainConfig(dataset="imdb"))
@@ -796,28 +796,28 @@ class Hub:
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(data, "_hub_unreachable", lambda: unreachable)
+        monkeypatch.setattr(corpora, "hub_unreachable", lambda: unreachable)
 
 
 def test_hub_is_used_where_it_can_be_reached(
     monkeypatch: pytest.MonkeyPatch, no_hub_cache: None
 ) -> None:
     hub = Hub(monkeypatch, unreachable=None, has=True)
-    assert data._hub_imdb() == {"train": "a", "test": "b"} == data._hub_imdb()
+    assert corpora.hub_imdb() == {"train": "a", "test": "b"} == corpora.hub_imdb()
     assert hub.offline == [False]
 
 
 def test_hub_fails_half_way(monkeypatch: pytest.MonkeyPatch, no_hub_cache: None) -> None:
     Hub(monkeypatch, unreachable=None, has=False)
-    with pytest.raises(data._Unavailable, match="^ConnectionError: Couldn't reach it$"):
-        data._hub_imdb()
+    with pytest.raises(corpora.Unavailable, match="^ConnectionError: Couldn't reach it$"):
+        corpora.hub_imdb()
 
 
 def test_cache_is_used_where_the_hub_is_out_of_reach(
     monkeypatch: pytest.MonkeyPatch, no_hub_cache: None
 ) -> None:
     hub = Hub(monkeypatch, unreachable="no network", has=True)
-    assert data._hub_imdb() == {"train": "a", "test": "b"}
+    assert corpora.hub_imdb() == {"train": "a", "test": "b"}
     assert hub.offline == [True]
     from huggingface_hub import constants
 
@@ -826,8 +826,8 @@ def test_cache_is_used_where_the_hub_is_out_of_reach(
 
 def test_neither_hub_nor_cache(monkeypatch: pytest.MonkeyPatch, no_hub_cache: None) -> None:
     Hub(monkeypatch, unreachable="no network", has=False)
-    with pytest.raises(data._Unavailable, match="no network, and the local cache does not hold it"):
-        data._hub_imdb()
+    with pytest.raises(corpora.Unavailable, match="no network, and the local cache does not"):
+        corpora.hub_imdb()
 
 
 def url(server: socket.socket) -> str:
@@ -838,14 +838,14 @@ def url(server: socket.socket) -> str:
 def test_reachability_has_a_limit(monkeypatch: pytest.MonkeyPatch, behaviour: str) -> None:
     """A hub that takes the connection and never answers costs seconds, not minutes."""
     constants = pytest.importorskip("huggingface_hub").constants
-    monkeypatch.setattr(data, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(corpora, "HUB_SECONDS", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", behaviour == "offline")
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         monkeypatch.setattr(constants, "ENDPOINT", url(server))
         if behaviour == "refused":
             server.close()
         start = time.perf_counter()
-        reason = data._hub_unreachable()
+        reason = corpora.hub_unreachable()
         assert time.perf_counter() - start < 10
     expected = {"silent": "did not answer|cannot be reached", "refused": "cannot be reached",
                 "offline": "HF_HUB_OFFLINE is set"}  # fmt: skip
@@ -870,7 +870,7 @@ def test_a_hub_that_answers(monkeypatch: pytest.MonkeyPatch, status: int) -> Non
                 connection.close()
 
         threading.Thread(target=answer, daemon=True).start()
-        reason = data._hub_unreachable()
+        reason = corpora.hub_unreachable()
     assert (reason is None) == (status == 200)
     assert status == 200 or "status 503" in str(reason)
 
