@@ -30,8 +30,9 @@ help:
 	@echo 'Another Python:  make test PYTHON=python3.12'
 	@echo 'Without a GPU, a smaller torch:  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train'
 
+# Recipe seed needs IMDB; where only the demo corpus can be had, train.py takes that one's recipe.
 train: $(VENV)/.train
-	$(PY) train.py $(ARGS)
+	$(PY) train.py --recipe seed $(ARGS)
 
 test: $(VENV)/.dev
 	$(QUIET_THREADS) $(PY) -m pytest -n $(WORKERS) --dist loadgroup

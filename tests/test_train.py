@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     "--d-model", "16", "--num-heads", "2", "--num-layers", "1", "--d-ff", "32", "--max-len", "32",
     "--vocab-size", "60", "--batch-size", "8", "--lr", "3e-3", "--optimizer", "adam",
-    "--weight-decay", "0", "--schedule", "constant", "--warmup-steps", "0", "--word-dropout", "0", "--dropout", "0.1", "--epochs", "4",
-    "--device", "cpu", "--log-every", "3",
+    "--weight-decay", "0", "--schedule", "constant", "--warmup-steps", "0", "--word-dropout", "0",
+    "--dropout", "0.1", "--epochs", "4", "--device", "cpu", "--log-every", "3",
 ]  # fmt: skip
 CLOCK = {"seconds", "samples_per_second", "peak_memory_mb", "history"}
 
