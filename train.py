@@ -84,6 +84,7 @@ def train(run: runs.Run, processes: distributed.Processes) -> int:
     # The epoch was chosen on the validation split; the test split is touched here, once.
     best = trainer.restore_best()
     log.info("\n%s\n", report.epoch_table(progress.history, best["epoch"]))
+    log.info("measuring on the %s test reviews ...", f"{len(run.test):,}")
     test = trainer.evaluate(run.test)
     log.info("%s", metrics.format_metrics(test, list(run.config.label_names)))
     if processes.main:
