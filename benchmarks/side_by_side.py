@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see the guard below
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -193,7 +192,7 @@ def main() -> None:
         f"training step, batch {arguments.batch_size}, fp32, dropout {config.dropout} everywhere, "
         f"{origin}\n{hardware['cpu']}, {hardware['threads']} threads, torch {torch.__version__}, "
         f"load {load:.1f}, n = {arguments.rounds}, "
-        f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}\n\n"
+        f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'unset')}\n\n"
         f"{'contestant':24} {'samples/s':>9} {'ratio':>6} {'ms':>7} {'quartiles':>13} {'MB':>6}"
     )
     first, rows = None, []

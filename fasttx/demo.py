@@ -65,7 +65,7 @@ COLOUR = {
 VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
     # Here counting words works.
     "outright": (
-        50,
+        48,
         (
             "{film} is {same} and {same}",
             "{film} turned out to be {same_thing}",
@@ -76,7 +76,7 @@ VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     # The word is there, its meaning is not.
     "negated": (
-        12,
+        11,
         (
             "{film} is not {other}",
             "{film} is never {other}",
@@ -87,12 +87,10 @@ VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     # Words of both sides: the scope of the negation says which of them holds.
     "scope": (
-        14,
+        18,
         (
             "{film} is {same}, not {other}",
-            "{film} is not {other} but {same}",
             "{film} is {same} and never {other}",
-            "{film} is {same_thing} rather than {other_thing}",
             "I expected {other_thing} and got {same_thing}",
         ),
     ),
@@ -108,7 +106,7 @@ VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     # Opinions the reviewer shares, and opinions the reviewer mocks.
     "irony": (
-        10,
+        9,
         (
             "oh sure, {film} is {other}, and pigs can fly",
             "{film} is {other}, yeah right, and I am the queen of norway",
