@@ -27,13 +27,14 @@ BASELINES = {
         CountVectorizer(binary=True), MultinomialNB()
     ),
     "logistic regression, tf-idf unigrams": lambda: make_pipeline(
-        TfidfVectorizer(), LogisticRegression(C=10, max_iter=1000)
+        TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
     ),
     "logistic regression, tf-idf bigrams": lambda: make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), min_df=2), LogisticRegression(C=30, max_iter=1000)
+        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
+        LogisticRegression(C=30, max_iter=1000),
     ),
     "linear SVM, tf-idf bigrams": lambda: make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), min_df=2), LinearSVC(C=0.5)
+        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LinearSVC(C=0.5)
     ),
 }
 

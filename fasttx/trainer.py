@@ -243,9 +243,7 @@ class Trainer:
             at = torch.tensor(seed, device=self.device)
             logits = self.module(**batch.model_inputs(), seed=at)
         smoothing = config.label_smoothing
-        loss = F.cross_entropy(
-            logits.float(), labels, label_smoothing=smoothing, reduction="sum"
-        )
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
         # DDP averages the gradients of its processes; the sum over the group's reviews is wanted.
         self.scaler.scale(loss * (processes.world / reviews)).backward()
         progress.micro_step += 1
