@@ -225,13 +225,19 @@ RECIPES: dict[str, TrainConfig] = {
         dataset="demo",
         epochs=6,
         optimizer="adamw",
-        lr=1e-3,
+        lr=6e-4,
         weight_decay=0.01,
         schedule="cosine",
         warmup_steps=100,
         grad_clip=1.0,
         model=ModelConfig(
-            vocab_size=1000, d_model=128, num_heads=4, num_layers=2, d_ff=256, max_len=64
-        ),
+            vocab_size=1000,
+            d_model=128,
+            num_heads=4,
+            num_layers=2,
+            d_ff=256,
+            max_len=64,
+            dropout=0.0,
+        ),  # fmt: skip
     ),
 }

@@ -178,7 +178,7 @@ def review(rng: Random, label: int) -> str:
 
 
 def corpus(
-    seed: int = 0, train: int = 8000, test: int = 2000
+    seed: int = 0, train: int = 16_000, test: int = 2000
 ) -> tuple[list[str], list[int], list[str], list[int]]:
     """`(train_texts, train_labels, test_texts, test_labels)`: half negative (0), half positive (1).
 
