@@ -238,6 +238,6 @@ RECIPES: dict[str, TrainConfig] = {
             d_ff=256,
             max_len=64,
             dropout=0.0,
-        ),  # fmt: skip
+        ),
     ),
 }

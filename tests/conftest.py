@@ -15,7 +15,7 @@ import pytest
 # when torch is imported, also in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 # Beside other workers a second thread mostly waits for its time slice.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
