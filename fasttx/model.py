@@ -42,6 +42,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         d = config.d_model
         self.num_heads = config.num_heads
+        self.head_dim = d // config.num_heads
         self.activation = config.activation
         self.dropout = config.dropout
         shared = config.attention_dropout is None
@@ -55,7 +56,7 @@ class EncoderBlock(nn.Module):
 
     def project(self, n: Tensor) -> Tensor:
         """(T, d) -> packed queries, keys and values (T, 3, H, D)."""
-        return self.qkv(n).view(len(n), 3, self.num_heads, -1)
+        return self.qkv(n).view(len(n), 3, self.num_heads, self.head_dim)
 
     def forward(
         self, h: Tensor, n: Tensor, next_norm: nn.LayerNorm, ops: registry.Ops,
@@ -98,8 +99,9 @@ def mean_pool(n: Tensor, cu_seqlens: Tensor) -> Tensor:
     batch = torch.arange(len(lens), device=n.device)
     member = sequence_ids(cu_seqlens, len(n)) == batch[:, None]
     with torch.autocast(n.device.type, enabled=False):
-        n = n.to(torch.promote_types(n.dtype, torch.float32))
-        return (member.to(n.dtype) @ n) / lens.clamp(min=1)[:, None].to(n.dtype)
+        wide = n.to(torch.promote_types(n.dtype, torch.float32))
+        pooled = (member.to(wide.dtype) @ wide) / lens.clamp(min=1)[:, None].to(wide.dtype)
+    return pooled.to(n.dtype)
 
 
 class TransformerClassifier(nn.Module):
@@ -128,11 +130,11 @@ class TransformerClassifier(nn.Module):
         attention_dropout: float | None = None,
     ) -> None:
         super().__init__()
-        registry.check_name(attn_backend)
         self.config = ModelConfig(
             vocab_size, num_classes, d_model, num_heads, num_layers, d_ff, max_len, dropout,
             attn_backend, activation, attention_dropout,
         )  # fmt: skip
+        registry.check_name(attn_backend)
         self.embedding = nn.Parameter(torch.empty(vocab_size, d_model))
         self.register_buffer("positions", sinusoidal_positions(max_len, d_model), persistent=False)
         blocks = [EncoderBlock(self.config) for _ in range(num_layers)]
@@ -168,6 +170,14 @@ class TransformerClassifier(nn.Module):
         super()._apply(fn, recurse)
         self._resolve_backend()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Functions of a backend are not part of a copy, which may wake up on another machine.
+        return {k: v for k, v in self.__dict__.items() if k != "_ops"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._resolve_backend()
 
     @property
     def backend(self) -> str:
@@ -210,8 +220,9 @@ class TransformerClassifier(nn.Module):
             max_seqlen = self._longest(cu_seqlens)
         if max_seqlen > self.config.max_len:
             raise ValueError(
-                f"the longest sequence has {max_seqlen} tokens; expected at most max_len = "
-                f"{self.config.max_len}. Truncate the texts, or build a model with a larger max_len"
+                f"max_seqlen is {max_seqlen} (the longest sequence, or the bound that was given); "
+                f"expected at most max_len = {self.config.max_len}. Truncate the texts, or build a "
+                "model with a larger max_len"
             )
         if position_ids is None:
             position_ids = positions(cu_seqlens, len(input_ids))

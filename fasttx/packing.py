@@ -53,7 +53,7 @@ class RaggedIds:
 
     def select(self, indices: np.ndarray) -> RaggedIds:
         """The texts with these indices, in their order."""
-        indices = np.asarray(indices, dtype=np.int64)
+        indices = np.arange(len(self))[np.asarray(indices, dtype=np.int64)]
         return self._gather(self.offsets[indices], self.lengths[indices])
 
     def truncate(self, max_len: int, how: str = "head") -> RaggedIds:

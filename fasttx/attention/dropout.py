@@ -135,7 +135,8 @@ def site_seeds(seed: Tensor, sites: int) -> Tensor:
 
     Words 0 and 1 of Philox(key = forward seed, counter = (site, 0, 0, 1)).
     """
+    key = split_seed(require_seed(seed))
     site = torch.arange(sites, device=seed.device)
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
-    low, high, _, _ = philox4x32((site, zero, zero, zero + 1), split_seed(require_seed(seed)))
+    low, high, _, _ = philox4x32((site, zero, zero, zero + 1), key)
     return low | (high << 32)

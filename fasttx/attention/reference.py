@@ -25,7 +25,8 @@ def attention_weights(
     """softmax(q k^T * scale) of padded q, k (B, H, L, D) -> (B, H, L, L), at least in fp32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
     position = torch.arange(q.shape[2], device=q.device)
     allowed = (position < seq_lens[:, None])[:, None, None, :]
     if causal:
@@ -60,7 +61,8 @@ def attention_qkv(
         b, h, lq, lk = weights.shape
         keep = dropout.attention_keep(dropout.require_seed(seed), b, h, lq, lk, t)
         weights = torch.where(keep, weights * dropout.keep_scale(t), 0.0)
-    out = (weights @ v_.to(weights.dtype)).to(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        out = (weights @ v_.to(weights.dtype)).to(q.dtype)
     return scatter_rows(out, index, len(q))
 
 

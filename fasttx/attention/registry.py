@@ -128,8 +128,11 @@ def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
             why = f"; not {'; not '.join(refused)}" if refused else ": the fastest here"
             log.info("attention backend: auto -> %s on %s%s", backend.name, device_type, why)
             return backend.name
-        refused.append(f"{backend.name} ({reasons[0]})")
-    raise AssertionError("the reference backend runs everywhere")
+        refused.append(f"{backend.name} ({'; '.join(reasons)})")
+    raise BackendUnavailableError(
+        f"no attention backend can run on {device_type} with {_short(dtype)} and head_dim "
+        f"{head_dim}:\n" + "\n".join(f"  - {reason}" for reason in refused)
+    )
 
 
 def resolve(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Ops:
