@@ -220,9 +220,8 @@ class TransformerClassifier(nn.Module):
             max_seqlen = self._longest(cu_seqlens)
         if max_seqlen > self.config.max_len:
             raise ValueError(
-                f"max_seqlen is {max_seqlen} (the longest sequence, or the bound that was given); "
-                f"expected at most max_len = {self.config.max_len}. Truncate the texts, or build a "
-                "model with a larger max_len"
+                f"max_seqlen allows for {max_seqlen} tokens; expected at most max_len = "
+                f"{self.config.max_len}. Truncate the texts, or build a model with a larger max_len"
             )
         if position_ids is None:
             position_ids = positions(cu_seqlens, len(input_ids))
