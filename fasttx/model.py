@@ -130,11 +130,11 @@ class TransformerClassifier(nn.Module):
         attention_dropout: float | None = None,
     ) -> None:
         super().__init__()
+        registry.check_name(attn_backend)
         self.config = ModelConfig(
             vocab_size, num_classes, d_model, num_heads, num_layers, d_ff, max_len, dropout,
             attn_backend, activation, attention_dropout,
         )  # fmt: skip
-        registry.check_name(attn_backend)
         self.embedding = nn.Parameter(torch.empty(vocab_size, d_model))
         self.register_buffer("positions", sinusoidal_positions(max_len, d_model), persistent=False)
         blocks = [EncoderBlock(self.config) for _ in range(num_layers)]

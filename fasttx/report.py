@@ -129,7 +129,7 @@ def closing(results: Mapping[str, Any], folder: RunFolder) -> str:
         f"validation accuracy {results['val_accuracy']:.2%})\n"
         f"trained at {results['samples_per_second']:.1f} samples/s, {_clock(results['seconds'])}; "
         f"peak memory {results['peak_memory_mb']:.0f} MB\n"
-        f'{folder.results}; try: fasttx predict {folder.path} "A dull plot, but I loved it."'
+        f'{folder.results}; try: fasttx predict {folder.path} "I expected nothing and loved it."'
         + (f"\n\n{results['warning']}" if results["warning"] else "")
     )
 

@@ -94,7 +94,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def check_name(name: str) -> None:
     """Raises ConfigError, listing the known names, for one that is neither a backend nor `auto`."""
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise ConfigError(
             f"unknown attention backend {name!r}; expected auto, {', '.join(BACKENDS)}"
         )
