@@ -92,7 +92,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_name(name: str) -> None:
+def check_name(name: Any) -> None:
     """Raises ConfigError, listing the known names, for one that is neither a backend nor `auto`."""
     if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise ConfigError(
