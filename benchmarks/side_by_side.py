@@ -35,7 +35,9 @@ from fasttx.packing import PackedBatch, RaggedIds, pack
 Step = Callable[[int], float]
 
 
-def review_ids(data: str | None, count: int, config: ModelConfig) -> tuple[RaggedIds, str]:
+def review_ids(
+    data: str | None, count: int, config: ModelConfig, words: bool = False
+) -> tuple[RaggedIds, str]:
     """`count` random training reviews as token ids cut to max_len, and where they come from."""
     rng = np.random.default_rng(0)
     if data:
@@ -45,6 +47,10 @@ def review_ids(data: str | None, count: int, config: ModelConfig) -> tuple[Ragge
 
         texts = pq.read_table(Path(data) / "train.parquet")["text"].to_pylist()
         texts = [texts[i] for i in rng.permutation(len(texts))[: max(count, 2000)]]
+        if words:
+            lengths = [min(len(text.split()), config.max_len) for text in texts[:count]]
+            drawn = [rng.integers(2, config.vocab_size, n).tolist() for n in lengths]
+            return RaggedIds.from_lists(drawn), "real lengths in white-space words"
         tokenizer = Tokenizer.train(texts, config.vocab_size)
         ids = tokenizer.encode_batch(texts[:count]).truncate(config.max_len)
         return ids, "real reviews"
@@ -164,6 +170,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
     parser.add_argument("--contestants", nargs="*", help="default: all that run here")
+    parser.add_argument(
+        "--words", action="store_true", help="count white-space words: shorter, no punctuation"
+    )
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -173,7 +182,7 @@ def main() -> None:
     usable = [f"fasttx {b.name}" for b in BACKENDS.values()
               if not b.unavailable_reasons(device, torch.float32, 32)]  # fmt: skip
     names = arguments.contestants or [*PEERS, *usable]
-    ids, origin = review_ids(arguments.data, 8 * arguments.batch_size, config)
+    ids, origin = review_ids(arguments.data, 8 * arguments.batch_size, config, arguments.words)
     batches = make_batches(ids, arguments.batch_size, device)
 
     if arguments.memory_of:
