@@ -29,7 +29,7 @@ def open_run(options: cli.TrainOptions, processes: distributed.Processes) -> run
         return runs.resume(folder, config, processes)
 
     source = data.resolve(options.settings.get("dataset", "auto"))
-    recipe = options.recipe_for(source)
+    recipe = options.recipe_for(source.name)
     config = replace(options.config(recipe), dataset=source.name)
     dataset = data.load(config)
     for note in (*source.notes, *dataset.notes):

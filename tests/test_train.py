@@ -355,3 +355,30 @@ def test_torch_compile_flag(reviews: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "e")["history"][0]["train_loss"] < 0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source", "recipe"),
+    [
+        ([], "demo", "demo"),
+        ([], "imdb", "full"),
+        (["--recipe", "seed"], "imdb", "seed"),
+        (["--recipe", "seed"], "demo", "demo"),  # auto had to fall back, and so does its recipe
+        (["--recipe", "seed", "--dataset", "demo"], "demo", "seed"),  # asked for
+    ],
+)
+def test_the_recipe_fits_the_dataset(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], source: str, recipe: str
+) -> None:
+    """As train.py decides it, up to the first file."""
+    sys.path.insert(0, str(ROOT))
+    import train as script
+
+    seen = []
+    monkeypatch.setattr(script.data, "resolve", lambda name: script.data.Source(source))
+    monkeypatch.setattr(script.runs, "new_folder", lambda out, name, processes: seen.append(name))
+    monkeypatch.setattr(script.runs, "create", lambda *args: None)
+    dataset = type("Dataset", (), {"notes": []})()
+    monkeypatch.setattr(script.data, "load", lambda config: dataset)
+    script.open_run(script.cli.train_options(arguments), script.distributed.Processes())
+    assert seen == [recipe]
