@@ -22,11 +22,11 @@ def open_run(options: cli.TrainOptions, processes: distributed.Processes) -> run
     """A new run in a new folder, or the one to resume; None if that one is finished."""
     if options.resume:
         folder = RunFolder(options.resume)
-        config = RunConfig.load(folder.config)
+        saved = RunConfig.load(folder.config)
         if folder.results.exists():
             log.info("%s is finished: its results are in %s", folder.path, folder.results)
             return None
-        return runs.resume(folder, config, processes)
+        return runs.resume(folder, saved, processes)
 
     source = data.resolve(options.settings.get("dataset", "auto"))
     recipe = options.recipe_for(source.name)
