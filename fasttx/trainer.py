@@ -38,10 +38,10 @@ from fasttx.distributed import Processes
 from fasttx.metrics import Metrics, classification_metrics
 from fasttx.model import TransformerClassifier
 from fasttx.packing import RaggedIds, pack, shuffled_batches
+from fasttx.tokenizer import UNK_ID
 
 log = logging.getLogger("fasttx")
 
-UNK = 1
 WORD_DROPOUT_STREAM = 1  # keeps these draws apart from the shuffle's, which have the same seed
 
 
@@ -92,7 +92,7 @@ def drop_words(ids: RaggedIds, p: float, stream: tuple[int, ...]) -> RaggedIds:
     if p == 0.0:
         return ids
     lost = np.random.default_rng(stream).random(len(ids.values)) < p
-    return replace(ids, values=np.where(lost, np.int32(UNK), ids.values))
+    return replace(ids, values=np.where(lost, np.int32(UNK_ID), ids.values))
 
 
 class Trainer:
