@@ -65,6 +65,14 @@ BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend(
+            "cpu",
+            "fasttx.attention.cpu",
+            "fused C++ kernels for x86-64 and arm64, dropout included",
+            ("cpu",),
+            (torch.float32, torch.bfloat16, torch.float16),
+            "shared",
+        ),
+        Backend(
             "sdpa",
             "fasttx.attention.sdpa",
             "torch.nn.functional.scaled_dot_product_attention, without padded work on the CPU",

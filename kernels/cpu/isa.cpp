@@ -1,0 +1,35 @@
+// The kernels of one instruction set; compiled once for each, with that set's flags.
+// It includes no part of the C++ library that has code: the linker keeps one copy of such a
+// function, and it might be the one for a set that this machine lacks.
+#include "attention.h"
+#include "rows.h"
+
+#define NAMED_(prefix, isa) prefix##isa
+#define NAMED(prefix, isa) NAMED_(prefix, isa)
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+
+namespace FASTTX_ISA {
+
+static void keep(uint8_t* out, uint64_t row0, int rows, uint64_t block0, int blocks, uint64_t head,
+                 uint64_t sequence, const Dropout& dropout) {
+  draw_keep(out, row0, rows, block0, blocks, head, sequence, Philox(dropout.seed), dropout.threshold);
+}
+
+}  // namespace FASTTX_ISA
+
+extern const Kernels NAMED(fasttx_kernels_, FASTTX_ISA);
+const Kernels NAMED(fasttx_kernels_, FASTTX_ISA) = {
+    TEXT(FASTTX_ISA),
+    FASTTX_ISA::attention_scratch,
+    FASTTX_ISA::attention_forward,
+    FASTTX_ISA::attention_backward,
+    FASTTX_ISA::row_scratch,
+    FASTTX_ISA::add_norm_forward,
+    FASTTX_ISA::add_norm_backward,
+    FASTTX_ISA::bias_act_forward,
+    FASTTX_ISA::bias_act_backward,
+    FASTTX_ISA::embed_forward,
+    FASTTX_ISA::embed_backward,
+    FASTTX_ISA::keep,
+};

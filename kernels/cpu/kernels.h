@@ -1,0 +1,91 @@
+// What one instruction set's build offers, and the arguments it works on.
+// T rows, B sequences, H heads, D head_dim; every last dimension is contiguous.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+// Rows and heads of a (T, H, D) tensor, by strides counted in elements.
+template <class T>
+struct View {
+  T* data;
+  int64_t row, head;
+
+  T* at(int64_t r, int64_t h) const { return data + r * row + h * head; }
+};
+
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;  // keep where a 16-bit uniform is at least this; 0: no dropout
+
+  float scale() const { return threshold < 65536 ? 65536.0f / (65536 - threshold) : 0.0f; }
+};
+
+struct Attention {
+  View<const float> q, k, v, out, dout;  // out and dout: backward only
+  View<float> written_out, dq, dk, dv;   // dq, dk, dv: backward only
+  float* lse;                            // (H, T): natural logarithm of each row's sum of exp
+  const int32_t *starts, *lens;          // (B,)
+  int64_t rows, heads, head_dim;
+  float scale;
+  bool causal;
+  Dropout dropout;
+};
+
+// h' = h + dropout(y + bias), n = LayerNorm(h') * gamma + beta. (rows, columns), contiguous.
+struct AddNorm {
+  const float *h, *y, *bias, *gamma, *beta;  // forward; backward reads h' as h
+  float *sum, *normed, *mean, *rstd;         // written by forward; mean and rstd (rows,)
+  const float *dsum, *dnormed;               // gradients of h' and n; dsum may be null
+  float *dh, *dy, *partial;                  // partial (chunks, 3, columns): dgamma, dbeta, dbias
+  int64_t rows, columns;
+  float eps;
+  Dropout dropout;
+};
+
+// out = dropout(act(u + bias)). (rows, columns), contiguous.
+struct BiasAct {
+  const float *u, *bias;        // backward of relu reads neither
+  float* out;                   // forward writes it, backward of relu reads it
+  const float* dout;
+  float *du, *partial;          // partial (chunks, columns): dbias
+  int64_t rows, columns;
+  bool gelu;
+  Dropout dropout;
+};
+
+// h = dropout(table[ids] * scale + positions[position_ids]). (rows, columns), contiguous.
+struct Embed {
+  const int64_t* ids;           // (rows,)
+  const int32_t* position_ids;  // (rows,)
+  const float *table, *positions, *dh;
+  float *h, *dtable;
+  int64_t rows, columns, vocabulary;
+  float scale;
+  Dropout dropout;
+};
+
+// Each function works on a share [first, last) that threads may take in any order; sums over shares
+// are made elsewhere, in an order that does not depend on the number of threads.
+struct Kernels {
+  const char* name;
+  // Bytes of scratch for one sequence of this length.
+  size_t (*attention_scratch)(int64_t len, int64_t head_dim, bool backward);
+  // Queries [first, last) of one sequence and head.
+  void (*attention_forward)(const Attention&, int sequence, int head, int64_t first, int64_t last,
+                            char* scratch);
+  void (*attention_backward)(const Attention&, int sequence, int head, char* scratch);
+  // Bytes of scratch for rows of this many columns.
+  size_t (*row_scratch)(int64_t columns);
+  void (*add_norm_forward)(const AddNorm&, int64_t first, int64_t last, char* scratch);
+  void (*add_norm_backward)(const AddNorm&, int64_t first, int64_t last, float* partial,
+                            char* scratch);
+  void (*bias_act_forward)(const BiasAct&, int64_t first, int64_t last, char* scratch);
+  void (*bias_act_backward)(const BiasAct&, int64_t first, int64_t last, float* partial,
+                            char* scratch);
+  void (*embed_forward)(const Embed&, int64_t first, int64_t last, char* scratch);
+  // The rows of dtable whose id leaves this remainder, so that no two threads write to one row.
+  void (*embed_backward)(const Embed&, int64_t remainder, int64_t divisor, char* scratch);
+  // Keep bytes of counters (block0 + b, row0 + r, head, sequence), for tests.
+  void (*keep)(uint8_t* out, uint64_t row0, int rows, uint64_t block0, int blocks, uint64_t head,
+               uint64_t sequence, const Dropout&);
+};
