@@ -9,7 +9,7 @@ ARGS    ?=
 
 PY      := $(VENV)/bin/python
 # The environment is made once, and again when one of these changes.
-INPUTS  := setup.py pyproject.toml constraints.txt
+INPUTS  := setup.py pyproject.toml constraints.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 # A first install fetches torch and can take minutes: a person sees it go on, a log does not.
 QUIET   := $(if $(CI),--quiet)
 # Tests run one process a worker. Two OpenMP threads in each would wait for one another's time slices

@@ -1,9 +1,18 @@
 """Packaging of fasttx. Versions we test with are pinned in constraints.txt, not here."""
 
+import platform
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 KERNEL_SOURCES = ("*.py", "*.metal", "*.cpp", "*.h")
@@ -21,6 +30,62 @@ def kernel_leaves() -> dict[str, str]:
         for folder in folders
         if any(any(folder.glob(pattern)) for pattern in KERNEL_SOURCES)
     }
+
+
+CPU_KERNELS = "kernels/cpu"
+# Not -march=native: a wheel runs on other machines, and the library picks a set when it is loaded.
+# No -fopenmp either: threads are torch's, found at run time.
+CPU_FLAGS = [
+    "-O3", "-g0", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden",
+]  # fmt: skip
+X86_SETS = {
+    "avx512": [
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma",
+        "-mprefer-vector-width=512",
+    ],
+    "avx2": ["-mavx2", "-mfma"],
+    "baseline": [],
+}  # fmt: skip
+
+
+class BuildCpuKernels(build_ext):
+    """One source, compiled once for each instruction set; the objects make one plain C library.
+
+    The extension is optional: without a compiler the installation goes on, and the `cpu` backend
+    says what is missing.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # No Python in it, so no Python version in its name either.
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.compiler.compiler_type == "msvc":
+            raise CompileError("the CPU kernels need GCC or Clang (vector extensions)")
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        sets = X86_SETS if x86 else {"native": []}
+        library, isa = ext.sources
+        jobs = [(library, "library", []), *((isa, name, flags) for name, flags in sets.items())]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            objects = list(pool.map(lambda job: self._compile(*job), jobs))
+        self.compiler.link_shared_object(
+            [o for each in objects for o in each],
+            self.get_ext_fullpath(ext.name),
+            target_lang="c++",
+        )
+
+    def _compile(self, source: str, name: str, flags: list[str]) -> list[str]:
+        folder = Path(self.build_temp) / name  # one each: the objects have one name
+        return self.compiler.compile(
+            [source], output_dir=str(folder), extra_postargs=[*CPU_FLAGS, *flags]
+        )
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel for every Python 3 of a platform: the library does not use Python's C interface."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 def version() -> str:
@@ -73,6 +138,16 @@ setup(
         "triton": triton,
         "dev": sorted({package for extra in extras.values() for package in extra} | set(tools)),
     },
+    ext_modules=[
+        Extension(
+            "fasttx.kernels.cpu._native",
+            [f"{CPU_KERNELS}/library.cpp", f"{CPU_KERNELS}/isa.cpp"],
+            depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / CPU_KERNELS).glob("*.h"))],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildCpuKernels, "bdist_wheel": PlatformWheel},
     packages=["fasttx", "fasttx.attention", "fasttx.kernels", *leaves],
     package_dir=leaves,
     package_data={
