@@ -1,225 +1,313 @@
-"""Training steps side by side, fasttx's backends and its peers: python benchmarks/side_by_side.py
+"""fasttx's backends and its peers side by side: python benchmarks/side_by_side.py [--level step]
 
-Every contestant is verified against the reference on the timed inputs first. One step of each in
-turn, round after round, so that a busy machine slows all alike; medians, and ratios in one run.
+Every contestant is verified against the reference on timed inputs first. One step of each in turn,
+round after round, on the same input, so that a busy machine slows all alike; medians, and ratios
+within one run. What the machine can do at best is measured between their turns.
 Real review lengths come from $FASTTX_DATA (or --data); without it, lengths like IMDB's are drawn.
-Memory is the growth of a fresh process's largest size over three steps, one process a contestant.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import ctypes
+import gc
 import json
+import math
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import levels
 import numpy as np
 import torch
-import torch.nn.functional as F
-from peers import PEERS
+from contest import Contest, Contestant, Unavailable
+from limit import Limit
+from workload import FULL, review_ids
 
 from fasttx import device as devices
-from fasttx.attention.registry import BACKENDS
-from fasttx.config import ModelConfig
-from fasttx.model import TransformerClassifier
-from fasttx.packing import PackedBatch, RaggedIds, pack
 
-Step = Callable[[int], float]
+SLICE_MS = 8.0  # what the scheduler gives a busy core's next thread on Linux
+TUNED = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 
 
-def review_ids(
-    data: str | None, count: int, config: ModelConfig, words: bool = False
-) -> tuple[RaggedIds, str]:
-    """`count` random training reviews as token ids cut to max_len, and where they come from."""
-    rng = np.random.default_rng(0)
-    if data:
-        import pyarrow.parquet as pq
+@dataclass(frozen=True)
+class Row:
+    """One contestant's figures. ratio: how many times as fast as the first peer that ran."""
 
-        from fasttx.tokenizer import Tokenizer
-
-        texts = pq.read_table(Path(data) / "train.parquet")["text"].to_pylist()
-        texts = [texts[i] for i in rng.permutation(len(texts))[: max(count, 2000)]]
-        if words:
-            lengths = [min(len(text.split()), config.max_len) for text in texts[:count]]
-            drawn = [rng.integers(2, config.vocab_size, n).tolist() for n in lengths]
-            return RaggedIds.from_lists(drawn), "real lengths in white-space words"
-        tokenizer = Tokenizer.train(texts, config.vocab_size)
-        ids = tokenizer.encode_batch(texts[:count]).truncate(config.max_len)
-        return ids, "real reviews"
-    # Maas et al.'s reviews: median 174 words, 5 % under 64, 5 % over 598.
-    lengths = np.exp(rng.normal(np.log(200), 0.68, count)).astype(int).clip(8, config.max_len)
-    return RaggedIds.from_lists(
-        [rng.integers(2, config.vocab_size, n).tolist() for n in lengths]
-    ), "drawn lengths (no $FASTTX_DATA)"
+    contestant: str
+    samples_per_second: float
+    ratio: float
+    ms: float
+    quartiles_ms: tuple[float, float]
+    limit_share: float  # ideal time over measured time
+    peak_memory_mb: float
+    rounds: int
+    note: str
+    artefact: bool  # time slices, not work: not to be quoted
 
 
-def padded(batch: PackedBatch, length: int) -> torch.Tensor:
-    ids = torch.zeros(len(batch), length, dtype=torch.int64)
-    cu = batch.cu_seqlens.tolist()
-    for row, (start, end) in enumerate(itertools.pairwise(cu)):
-        ids[row, : end - start] = batch.input_ids[start:end]
-    return ids
+def timed(step: Callable[[int], object], i: int, device: torch.device) -> float:
+    """Seconds of one step, waited for."""
+    devices.synchronize(device)
+    start = time.perf_counter()
+    step(i)
+    devices.synchronize(device)
+    return time.perf_counter() - start
 
 
-def make_batches(ids: RaggedIds, batch_size: int, device: torch.device) -> list[PackedBatch]:
-    labels = np.random.default_rng(1).integers(0, 2, len(ids))
-    return [
-        pack(ids.select(np.arange(i, i + batch_size)), labels[i : i + batch_size]).to(device)
-        for i in range(0, len(ids), batch_size)
-    ]
+def peak_memory_mb(step: Callable[[], object], device: torch.device) -> float:
+    """How far memory rises during a step, MiB: the device's on CUDA, the process's on Linux.
+
+    What stands before it (weights, inputs, optimiser state) does not count; NaN where nobody says.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        devices.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if device.type != "cpu" or not _reset_peak():
+        step()
+        return math.nan
+    before = _resident_mb()
+    step()
+    return devices.peak_memory_mb(device) - before
 
 
-def make_contestants(config: ModelConfig, names: list[str], batches: list[PackedBatch],
-                     device: torch.device, verify: bool = True) -> dict[str, Step]:  # fmt: skip
-    torch.manual_seed(0)
-    reference = TransformerClassifier(*_args(config), attn_backend="reference").to(device)
-    found: dict[str, Step] = {}
-    for name in names:
-        if name in PEERS:
-            model = PEERS[name](config)
-            model.copy_from(reference)
-            inputs = [{"input_ids": padded(b, b.max_seqlen).to(device)} for b in batches]
-        else:
-            backend = name.removeprefix("fasttx ")
-            model = TransformerClassifier(*_args(config), attn_backend=backend)
-            model.load_state_dict(reference.state_dict())
-            inputs = [b.model_inputs() for b in batches]
-        model = model.to(device)
-        if verify:  # not where memory is measured: the reference would be the largest thing there
-            _verify(name, model, inputs[0], reference, batches[0])
-        found[name] = _step(model, inputs, batches, device)
+def _reset_peak() -> bool:
+    """Give free memory back, and let the process's largest size begin anew (proc(5), clear_refs)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
+            f.write("5")
+    except (OSError, AttributeError):  # not Linux, not glibc
+        return False
+    return True
+
+
+def _resident_mb() -> float:
+    with open("/proc/self/statm", encoding="ascii") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def scheduler_artefact(seconds: list[float], load: float) -> bool:
+    """Times that stand at multiples of 8 ms on a busy machine are time slices, not work.
+
+    Two threads that spin for one another's results wait a slice for every region they share.
+    """
+    slices = [1e3 * s / SLICE_MS for s in seconds]
+    at_multiples = sum(round(n) >= 1 and abs(n - round(n)) < 0.02 for n in slices)
+    busy = load > (os.cpu_count() or 1) / 2
+    return busy and len(slices) >= 3 and statistics.median(slices) < 16 and (
+        2 * at_multiples > len(slices)
+    )  # fmt: skip
+
+
+def run(contest: Contest, contestants: dict[str, Contestant], *, rounds: int | None = None,
+        seconds: float = 60.0, load: float | None = None) -> list[Row]:  # fmt: skip
+    """The contest's table. rounds: default as many as fit into `seconds`, 3 to 100."""
+    device, limit = contest.device, contest.limit
+    memory, cycle = {}, 0.0
+    for name, contestant in contestants.items():
+        for i in range(contest.warmup - 1):
+            contestant.step(i % contest.inputs)
+        last = (contest.warmup - 1) % contest.inputs
+        start = time.perf_counter()
+        memory[name] = peak_memory_mb(lambda c=contestant, i=last: c.step(i), device)
+        cycle += time.perf_counter() - start
+    if limit:
+        limit.seconds(0), limit.seconds(contest.inputs - 1)
+    rounds = rounds or max(3, min(100, int(seconds / max(cycle, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    ideal: list[float] = []
+    for r in range(rounds):
+        i = r % contest.inputs
+        for name, contestant in contestants.items():
+            times[name].append(timed(contestant.step, i, device))
+        ideal.append(limit.seconds(i) if limit else math.nan)
+    load = _load() if load is None else load
+    return rows(contest, contestants, times, statistics.median(ideal), memory, load)
+
+
+def rows(contest: Contest, contestants: dict[str, Contestant], times: dict[str, list[float]],
+         ideal: float, memory: dict[str, float], load: float) -> list[Row]:  # fmt: skip
+    first = next((name for name in times if not name.startswith("fasttx-")), None)
+    base = statistics.median(times[first]) if first else math.nan
+    found = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        low, _, high = statistics.quantiles(seconds, n=4)
+        found.append(
+            Row(
+                name, contest.samples / median, base / median, 1e3 * median,
+                (1e3 * low, 1e3 * high), ideal / median, memory[name], len(seconds),
+                contestants[name].note, scheduler_artefact(seconds, load),
+            )
+        )  # fmt: skip
     return found
 
 
-def _args(config: ModelConfig) -> tuple:
-    return (config.vocab_size, config.num_classes, config.d_model, config.num_heads,
-            config.num_layers, config.d_ff, config.max_len, config.dropout)  # fmt: skip
+def _load() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
 
 
-def _verify(name: str, model: torch.nn.Module, inputs: dict, reference: torch.nn.Module,
-            batch: PackedBatch) -> None:  # fmt: skip
-    """No time is taken of a contestant that does not compute the same: logits and gradients."""
-    gradients = []
-    for m, x in ((model.eval(), inputs), (reference.eval(), batch.model_inputs())):
-        logits = m(**x)
-        F.cross_entropy(logits, batch.labels).backward()
-        head = m.head.dense if hasattr(m.head, "dense") else m.head[0]
-        table = m.embedding if isinstance(m.embedding, torch.Tensor) else m.embedding.weight
-        gradients.append((logits.detach(), head.weight.grad.clone(), table.grad.clone()))
-        m.zero_grad(set_to_none=True)
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=1e-5, msg=lambda s: f"{name}: {s}")
+# ----------------------------------------------------------------------------------------- tables
+
+HEADINGS = ("contestant", "samples/s", "ratio", "ms (quartiles)", "limit", "MB", "")
 
 
-def _step(model: torch.nn.Module, inputs: list[dict], batches: list[PackedBatch],
-          device: torch.device) -> Step:  # fmt: skip
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
+def _cells(row: Row) -> tuple[str, ...]:
+    def number(x: float, form: str) -> str:
+        return "-" if math.isnan(x) else format(x, form)
 
-    def step(i: int) -> float:
-        i %= len(batches)
-        start = time.perf_counter()
-        loss = F.cross_entropy(model(**inputs[i]), batches[i].labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        devices.synchronize(device)
-        return time.perf_counter() - start
-
-    return step
-
-
-def scheduler_artefact(milliseconds: float, load: float) -> bool:
-    """Short medians at multiples of 8 ms on a busy machine are time slices, not work."""
-    near = milliseconds / 8 - round(milliseconds / 8)
-    return milliseconds < 100 and load > (os.cpu_count() or 1) / 2 and abs(near) < 0.01
+    if row.artefact:
+        note = f"{row.ms:.1f} ms is a multiple of {SLICE_MS:g} ms under load: scheduling, not work"
+        return (row.contestant, "-", "-", "-", "-", number(row.peak_memory_mb, ".0f"), note)
+    digits = 0 if row.ms >= 1000 else 1 if row.ms >= 100 else 2
+    low, high = row.quartiles_ms
+    ms = f"{row.ms:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    share = number(100 * row.limit_share, ".1f" if row.limit_share < 0.1 else ".0f")
+    return (
+        row.contestant, f"{row.samples_per_second:,.1f}", number(row.ratio, ".2f") + "x", ms,
+        share + (" %" if share != "-" else ""), number(row.peak_memory_mb, ".0f"), row.note,
+    )  # fmt: skip
 
 
-def run(contestants: dict[str, Step], rounds: int, batches: int) -> dict[str, list[float]]:
-    """Seconds by contestant: warm-up, then `rounds` times each in turn, each on the same batch."""
-    for step in contestants.values():
-        step(0), step(1)
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for r in range(rounds):
-        for name, step in contestants.items():
-            times[name].append(step(r % batches))
-    return times
+def table(found: Iterable[Row], markdown: bool = False) -> str:
+    """The figures as text, or as a table that a README takes. MB: see `peak_memory_mb`."""
+    lines = [HEADINGS, *map(_cells, found)]
+    if markdown:
+        return "\n".join(
+            [
+                "| " + " | ".join(HEADINGS) + " |",
+                "|" + "---|" * len(HEADINGS),
+                *("| " + " | ".join(cells) + " |" for cells in lines[1:]),
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS) - 1)]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:], strict=True)]
+            + [line[-1]]
+        ).rstrip()
+        for line in lines
+    )
 
 
-def peak_growth_mb(name: str, arguments: argparse.Namespace) -> float:
-    command = [sys.executable, __file__, "--memory-of", name, "--batch-size",
-               str(arguments.batch_size), "--threads", str(arguments.threads)]  # fmt: skip
-    command += ["--data", arguments.data] if arguments.data else []
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.strip().splitlines()[-1])
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    return {
+        **devices.hardware(device),
+        **{f"{name} version": version for name, version in devices.versions().items()},
+        "load": round(_load(), 2),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
+        "allocator": "tuned" if os.environ.get("GLIBC_TUNABLES") == TUNED else "default",
+    }
+
+
+def caption(where: dict[str, Any]) -> str:
+    """One line: hardware, versions, and what else could explain a figure."""
+    return (
+        f"{where.get('gpu') or where['cpu']}, {where['threads']} threads, "
+        f"torch {where['torch version']}, Python {where['python version']}, "
+        f"load {where['load']}, OMP_WAIT_POLICY {where['OMP_WAIT_POLICY']}, "
+        f"{where['allocator']} allocator"
+    )
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def enter_all(contest: Contest, names: list[str]) -> dict[str, Contestant]:
+    """Those of `names` (empty: all) that can take part, verified; says why others cannot."""
+    entered = {}
+    for name in names or contest.entrants:
+        try:
+            entered[name] = contest.enter(name)
+        except Unavailable as reasons:
+            print(f"{name} does not run here: {reasons}")
+    return entered
+
+
+def contests(arguments: argparse.Namespace, device: torch.device) -> Iterable[Contest]:
+    """The contests of a level, one after another."""
+    config, size = FULL.config, arguments.batch_size
+
+    def ids(count: int) -> tuple[Any, str]:
+        return review_ids(arguments.data, count, config, arguments.words)
+
+    if arguments.level == "attention":
+        texts, what = ids(3 * size)
+        lengths = texts.lengths.reshape(3, size).tolist()
+        dtype = levels.DTYPES[arguments.precision]
+        for p in (0.1, 0.0):
+            yield levels.attention(lengths, config, device, dtype=dtype, p=p, what=what)
+        return
+    count = {"step": 4 * size, "inference": 4 * 4 * size, "latency": 64}[arguments.level]
+    texts, what = ids(count)
+    options = {"precision": arguments.precision, "what": what}
+    if arguments.level == "step":
+        yield levels.training(texts, size, config, device, **options)
+    elif arguments.level == "inference":
+        yield levels.bulk(texts, size, config, device, texts=4 * size, **options)
+    else:
+        yield levels.latency(texts, config, device, **options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--level", default="step",
+                        choices=("step", "attention", "inference", "latency"))  # fmt: skip
     parser.add_argument("--data", default=os.environ.get("FASTTX_DATA"))
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, help="default: as many as fit into --seconds")
+    parser.add_argument("--seconds", type=float, default=100.0, help="time for a contest's rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--contestants", nargs="*", help="default: all that run here")
+    parser.add_argument("--precision", default="fp32", choices=tuple(levels.DTYPES))
+    parser.add_argument("--contestants", nargs="*", default=[], help="default: all that run here")
     parser.add_argument(
         "--words", action="store_true", help="count white-space words: shorter, no punctuation"
     )
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--allocator", choices=("default", "tuned"), default="default",
+                        help="tuned: glibc keeps what is freed (starts this program anew)")  # fmt: skip
+    parser.add_argument("--markdown", action="store_true", help="a table for a README")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.allocator == "tuned" and os.environ.get("GLIBC_TUNABLES") != TUNED:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": TUNED})
     torch.set_num_threads(arguments.threads)
-    device, config = devices.pick(arguments.device), ModelConfig()
-    usable = [f"fasttx {b.name}" for b in BACKENDS.values()
-              if not b.unavailable_reasons(device, torch.float32, 32)]  # fmt: skip
-    names = arguments.contestants or [*PEERS, *usable]
-    ids, origin = review_ids(arguments.data, 8 * arguments.batch_size, config, arguments.words)
-    batches = make_batches(ids, arguments.batch_size, device)
-
-    if arguments.memory_of:
-        before = devices.peak_memory_mb(device)
-        step = make_contestants(config, [arguments.memory_of], batches[:3], device, verify=False)
-        for i in range(3):
-            step[arguments.memory_of](i)
-        print(devices.peak_memory_mb(device) - before)
-        return
-
-    contestants = make_contestants(config, names, batches, device)
-    times = run(contestants, arguments.rounds, len(batches))
-    load = os.getloadavg()[0]
-    hardware = devices.hardware(device)
-    print(
-        f"training step, batch {arguments.batch_size}, fp32, dropout {config.dropout} everywhere, "
-        f"{origin}\n{hardware['cpu']}, {hardware['threads']} threads, torch {torch.__version__}, "
-        f"load {load:.1f}, n = {arguments.rounds}, "
-        f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'unset')}\n\n"
-        f"{'contestant':24} {'samples/s':>9} {'ratio':>6} {'ms':>7} {'quartiles':>13} {'MB':>6}"
-    )
-    first, rows = None, []
-    for name, seconds in times.items():
-        ms = 1e3 * statistics.median(seconds)
-        low, _, high = (1e3 * q for q in statistics.quantiles(seconds, n=4))
-        first = first or ms
-        memory = float("nan") if arguments.no_memory else peak_growth_mb(name, arguments)
-        rows.append({"contestant": name, "samples_per_second": 1e3 * arguments.batch_size / ms,
-                     "ratio": first / ms, "ms": ms, "quartiles_ms": [low, high],
-                     "peak_memory_mb": memory})  # fmt: skip
-        print(f"{name:24} {1e3 * arguments.batch_size / ms:9.1f} {first / ms:5.2f}x {ms:7.0f} "
-              f"{low:6.0f}-{high:<6.0f} {memory:6.0f}")  # fmt: skip
-        if scheduler_artefact(ms, load):
-            print(f"  ^ {ms:.2f} ms is a multiple of 8 ms at load {load:.1f}: scheduling, not work")
+    device = devices.pick(arguments.device)
+    records = []
+    for contest in contests(arguments, device):
+        entered = enter_all(contest, arguments.contestants)
+        where = environment(device)
+        found = run(contest, entered, rounds=arguments.rounds, seconds=arguments.seconds)
+        print(f"\n{contest.title}\n{caption(where)}, n = {found[0].rounds if found else 0}")
+        print(limit_line(contest.limit) + "\n")
+        print(table(found, arguments.markdown), flush=True)
+        records.append({"title": contest.title, "rows": [asdict(row) for row in found],
+                        "environment": where})  # fmt: skip
     if arguments.json:
-        record = {"rows": rows, "hardware": hardware, "load": load, "versions": devices.versions()}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(records, indent=2) + "\n")
+
+
+def limit_line(limit: Limit | None) -> str:
+    """What the limit column is a share of."""
+    if limit is None or not limit.rates:
+        return "no limit is reckoned for this"
+    line = f"limit: products at the model's shapes, {np.median(limit.rates) / 1e9:,.0f} GFLOP/s"
+    return line + (f", {limit.bandwidth / 1e9:,.0f} GB/s" if limit.bandwidth else "")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""What is timed: a contest is one question, its inputs, and who may answer it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from limit import Limit
+
+# By how much an outcome may differ from the reference's, in the norm, before it is another function.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+class Unavailable(Exception):
+    """A contestant cannot take part here; the message gives its reasons."""
+
+
+class Contestant(Protocol):
+    """One way to do the work. Its constructor is cheap; `note` says how its function differs."""
+
+    note: str
+
+    def prepare(self) -> None:
+        """Build what is timed, with its inputs. Raises Unavailable."""
+
+    def verify(self) -> None:
+        """Raises AssertionError unless it does the contest's work, on inputs that are timed."""
+
+    def step(self, i: int) -> object:
+        """The work on input i, as asynchronous as the device is."""
+
+
+@dataclass
+class Contest:
+    """One question. `samples` are done a step; inputs 0 ... `inputs` - 1 take turns."""
+
+    title: str
+    device: torch.device
+    inputs: int
+    samples: int
+    entrants: dict[str, Contestant]
+    limit: Limit | None = None
+    warmup: int = 2  # untimed steps before the first timed one
+    entered: dict[str, Contestant] = field(default_factory=dict)
+
+    def enter(self, name: str) -> Contestant:
+        """The contestant, built and verified, once. Raises Unavailable, AssertionError."""
+        if name not in self.entrants:
+            raise KeyError(f"{name!r} is not in this contest; expected {', '.join(self.entrants)}")
+        if name not in self.entered:
+            contestant = self.entrants[name]
+            contestant.prepare()
+            contestant.verify()
+            self.entered[name] = contestant
+        return self.entered[name]
+
+
+def check_same(name: str, what: str, mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    """Raises AssertionError where `mine` is not the reference's outcome, up to rounding."""
+    assert mine.shape == theirs.shape, (
+        f"{name}: {what} has shape {tuple(mine.shape)}; the reference's is {tuple(theirs.shape)}"
+    )
+    mine, theirs = mine.detach().float(), theirs.detach().float()
+    error = float((mine - theirs).norm() / theirs.norm().clamp(min=1e-30))
+    assert error <= TOLERANCE[dtype], (
+        f"{name}: {what} is {error:.2g} from the reference's (relative, in the norm); "
+        f"{TOLERANCE[dtype]:g} is rounding. It computes something else, so it is not timed"
+    )
+
+
+def check_dropout(name: str, without: Tensor, once: Tensor, again: Tensor) -> None:
+    """Raises AssertionError where dropout is asked for and nothing is dropped at random."""
+    assert once.isfinite().all(), f"{name}: with dropout the outcome is not finite"
+    assert not torch.equal(once, without), f"{name}: dropout is asked for and changes nothing"
+    assert not torch.equal(once, again), f"{name}: two steps drop the same"
+
