@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from limit import Limit
 
-# By how much an outcome may differ from the reference's, in the norm, before it is another function.
+# How far an outcome may be from the reference's, in the norm; beyond, it is another function's.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
@@ -36,7 +36,10 @@ class Contestant(Protocol):
 
 @dataclass
 class Contest:
-    """One question. `samples` are done a step; inputs 0 ... `inputs` - 1 take turns."""
+    """One question. `samples` are done a step; inputs 0 ... `inputs` - 1 take turns.
+
+    facts: what the question is, for those who read saved figures.
+    """
 
     title: str
     device: torch.device
@@ -45,6 +48,8 @@ class Contest:
     entrants: dict[str, Contestant]
     limit: Limit | None = None
     warmup: int = 2  # untimed steps before the first timed one
+    facts: dict[str, Any] = field(default_factory=dict)
+    infos: dict[str, dict[str, Any]] = field(default_factory=dict)  # by who was timed
     entered: dict[str, Contestant] = field(default_factory=dict)
 
     def enter(self, name: str) -> Contestant:
@@ -77,4 +82,3 @@ def check_dropout(name: str, without: Tensor, once: Tensor, again: Tensor) -> No
     assert once.isfinite().all(), f"{name}: with dropout the outcome is not finite"
     assert not torch.equal(once, without), f"{name}: dropout is asked for and changes nothing"
     assert not torch.equal(once, again), f"{name}: two steps drop the same"
-

@@ -212,6 +212,9 @@ def attention(
         f"{str(dtype).removeprefix('torch.')}, {config.num_heads} heads of {work.head_dim}",
         device, len(lengths), len(lengths[0]), entrants, Limit(ideal, device, dtype),
         warmup=len(lengths),
+        facts={"level": "attention", "texts": len(lengths[0]), "lengths": what, "p": p,
+               "tokens": float(np.mean([sum(n) for n in lengths])), "backward": backward,
+               "dtype": str(dtype).removeprefix("torch.")},
     )  # fmt: skip
 
 
@@ -362,7 +365,7 @@ class Inference(ModelContestant):
 
 def _model_contest(
     title: str, kind: type[ModelContestant], peers: dict[str, Any], config: ModelConfig,
-    inputs: list[list[PackedBatch]], device: torch.device, precision: str,
+    inputs: list[list[PackedBatch]], device: torch.device, precision: str, facts: dict[str, Any],
 ) -> Contest:  # fmt: skip
     devices.set_precision(device, precision)
     work = Model(config, inputs, device, precision)
@@ -373,6 +376,7 @@ def _model_contest(
         f"{title}, {precision}", device, len(inputs), len(texts[0]),
         {name: kind(name, make, work) for name, make in makers.items()},
         Limit(ideal, device, DTYPES[precision]),
+        facts={**facts, "precision": precision, "tokens": float(np.mean([sum(n) for n in texts]))},
     )  # fmt: skip
 
 
@@ -387,7 +391,10 @@ def training(
     """A whole training step on batches of `batch_size` texts."""
     batches = [[b] for b in make_batches(ids, batch_size, device)]
     title = f"training step, batch {batch_size}, {what}, dropout {config.dropout_text} everywhere"
-    return _model_contest(title, TrainingStep, TRAINING_PEERS, config, batches, device, precision)
+    facts = {"level": "training", "batch": batch_size, "lengths": what}
+    return _model_contest(
+        title, TrainingStep, TRAINING_PEERS, config, batches, device, precision, facts
+    )
 
 
 def inference_names() -> list[str]:
@@ -405,7 +412,10 @@ def bulk(
         order = np.concatenate(list(by_length(group, batch_size)))
         inputs.append(make_batches(group.select(order), batch_size, device))
     title = f"inference, {texts} texts in batches of {batch_size} sorted by length, {what}"
-    return _model_contest(title, Inference, INFERENCE_PEERS, config, inputs, device, precision)
+    facts = {"level": "inference", "batch": batch_size, "lengths": what}
+    return _model_contest(
+        title, Inference, INFERENCE_PEERS, config, inputs, device, precision, facts
+    )
 
 
 def latency(
@@ -415,4 +425,7 @@ def latency(
     """One text at a time: tokens to logits."""
     batches = [[b] for b in make_batches(ids, 1, device)]
     title = f"latency of one text, {what}"
-    return _model_contest(title, Inference, INFERENCE_PEERS, config, batches, device, precision)
+    facts = {"level": "latency", "batch": 1, "lengths": what}
+    return _model_contest(
+        title, Inference, INFERENCE_PEERS, config, batches, device, precision, facts
+    )

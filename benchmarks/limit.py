@@ -33,7 +33,7 @@ def product_flops(products: Sequence[Product]) -> int:
 
 
 def _linear(rows: int, inputs: int, outputs: int, backward: bool) -> list[Product]:
-    """A linear layer's output x w^T, and with `backward` the gradients dy w of x and dy^T x of w."""
+    """A linear layer's x w^T; with `backward` also the gradients of x, dy w, and of w, dy^T x."""
     forward = [Product(rows, inputs, outputs, "nt")]
     gradients = [Product(rows, outputs, inputs, "nn"), Product(outputs, rows, inputs, "tn")]
     return forward + gradients if backward else forward

@@ -170,7 +170,7 @@ class PaddedSdpa(_Peer):
             mine.load_state_dict(theirs.state_dict())
 
 
-def _missing(package: str, install: str) -> list[str]:
+def missing(package: str, install: str) -> list[str]:
     if importlib.util.find_spec(package):
         return []
     return [f"{package} is not installed: pip install {install}"]
@@ -183,7 +183,7 @@ class XTransformers(_Peer):
 
     @classmethod
     def unavailable_reasons(cls) -> list[str]:
-        return _missing("x_transformers", "x-transformers")
+        return missing("x_transformers", "x-transformers")
 
     @classmethod
     def comparable(cls, model: TransformerClassifier) -> TransformerClassifier:
@@ -237,7 +237,7 @@ class HuggingFaceBert(nn.Module):
 
     @classmethod
     def unavailable_reasons(cls) -> list[str]:
-        return _missing("transformers", "transformers")
+        return missing("transformers", "transformers")
 
     def __init__(self, config: ModelConfig) -> None:
         from transformers import BertConfig, BertForSequenceClassification

@@ -46,6 +46,7 @@ class Row:
     ratio: float
     ms: float
     quartiles_ms: tuple[float, float]
+    ideal_ms: float  # what the limit allows
     limit_share: float  # ideal time over measured time
     peak_memory_mb: float
     rounds: int
@@ -83,7 +84,7 @@ def peak_memory_mb(step: Callable[[], object], device: torch.device) -> float:
 
 
 def _reset_peak() -> bool:
-    """Give free memory back, and let the process's largest size begin anew (proc(5), clear_refs)."""
+    """Give free memory back and let the process's largest size begin anew: proc(5), clear_refs."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
@@ -112,8 +113,9 @@ def scheduler_artefact(seconds: list[float], load: float) -> bool:
 
 
 def run(contest: Contest, contestants: dict[str, Contestant], *, rounds: int | None = None,
-        seconds: float = 60.0, load: float | None = None) -> list[Row]:  # fmt: skip
-    """The contest's table. rounds: default as many as fit into `seconds`, 3 to 100."""
+        seconds: float = 100.0) -> list[Row]:  # fmt: skip
+    """The contest's table. rounds: default as many as fit into `seconds`, at least 3, and at most
+    30, or as many as there are inputs."""
     device, limit = contest.device, contest.limit
     memory, cycle = {}, 0.0
     for name, contestant in contestants.items():
@@ -125,7 +127,7 @@ def run(contest: Contest, contestants: dict[str, Contestant], *, rounds: int | N
         cycle += time.perf_counter() - start
     if limit:
         limit.seconds(0), limit.seconds(contest.inputs - 1)
-    rounds = rounds or max(3, min(100, int(seconds / max(cycle, 1e-6))))
+    rounds = rounds or max(3, min(max(30, contest.inputs), int(seconds / cycle)))
     times: dict[str, list[float]] = {name: [] for name in contestants}
     ideal: list[float] = []
     for r in range(rounds):
@@ -133,8 +135,7 @@ def run(contest: Contest, contestants: dict[str, Contestant], *, rounds: int | N
         for name, contestant in contestants.items():
             times[name].append(timed(contestant.step, i, device))
         ideal.append(limit.seconds(i) if limit else math.nan)
-    load = _load() if load is None else load
-    return rows(contest, contestants, times, statistics.median(ideal), memory, load)
+    return rows(contest, contestants, times, statistics.median(ideal), memory, _load())
 
 
 def rows(contest: Contest, contestants: dict[str, Contestant], times: dict[str, list[float]],
@@ -144,11 +145,11 @@ def rows(contest: Contest, contestants: dict[str, Contestant], times: dict[str, 
     found = []
     for name, seconds in times.items():
         median = statistics.median(seconds)
-        low, _, high = statistics.quantiles(seconds, n=4)
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
         found.append(
             Row(
                 name, contest.samples / median, base / median, 1e3 * median,
-                (1e3 * low, 1e3 * high), ideal / median, memory[name], len(seconds),
+                (1e3 * low, 1e3 * high), 1e3 * ideal, ideal / median, memory[name], len(seconds),
                 contestants[name].note, scheduler_artefact(seconds, load),
             )
         )  # fmt: skip
@@ -225,6 +226,23 @@ def caption(where: dict[str, Any]) -> str:
     )
 
 
+def limit_line(limit: Limit | None) -> str:
+    """What the limit column is a share of."""
+    if limit is None or not limit.rates:
+        return "no limit is reckoned for this"
+    line = f"limit: products at the model's shapes, {np.median(limit.rates) / 1e9:,.0f} GFLOP/s"
+    return line + (f", {limit.bandwidth / 1e9:,.0f} GB/s" if limit.bandwidth else "")
+
+
+def report(
+    contest: Contest, found: list[Row], where: dict[str, Any], markdown: bool = False
+) -> str:
+    """The question, what it was measured on, and the table."""
+    rounds = found[0].rounds if found else 0
+    lines = [contest.title, f"{caption(where)}, n = {rounds}", limit_line(contest.limit), ""]
+    return "\n".join([*lines, table(found, markdown)])
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -280,12 +298,14 @@ def main() -> None:
         "--words", action="store_true", help="count white-space words: shorter, no punctuation"
     )
     parser.add_argument("--allocator", choices=("default", "tuned"), default="default",
-                        help="tuned: glibc keeps what is freed (starts this program anew)")  # fmt: skip
+                        help="tuned: glibc keeps freed memory (starts anew)")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="a table for a README")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     if arguments.allocator == "tuned" and os.environ.get("GLIBC_TUNABLES") != TUNED:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": TUNED})
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": TUNED}
+        )
     torch.set_num_threads(arguments.threads)
     device = devices.pick(arguments.device)
     records = []
@@ -293,21 +313,11 @@ def main() -> None:
         entered = enter_all(contest, arguments.contestants)
         where = environment(device)
         found = run(contest, entered, rounds=arguments.rounds, seconds=arguments.seconds)
-        print(f"\n{contest.title}\n{caption(where)}, n = {found[0].rounds if found else 0}")
-        print(limit_line(contest.limit) + "\n")
-        print(table(found, arguments.markdown), flush=True)
-        records.append({"title": contest.title, "rows": [asdict(row) for row in found],
-                        "environment": where})  # fmt: skip
+        print("\n" + report(contest, found, where, arguments.markdown), flush=True)
+        records.append({"title": contest.title, **contest.facts, "environment": where,
+                        "rows": [asdict(row) for row in found]})  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=2) + "\n")
-
-
-def limit_line(limit: Limit | None) -> str:
-    """What the limit column is a share of."""
-    if limit is None or not limit.rates:
-        return "no limit is reckoned for this"
-    line = f"limit: products at the model's shapes, {np.median(limit.rates) / 1e9:,.0f} GFLOP/s"
-    return line + (f", {limit.bandwidth / 1e9:,.0f} GB/s" if limit.bandwidth else "")
 
 
 if __name__ == "__main__":

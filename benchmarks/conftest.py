@@ -1,0 +1,142 @@
+"""What pytest-benchmark lacks: a contest's fixtures, the table side by side, and where runs lie.
+
+pytest-benchmark times each contestant by itself, which serves `--benchmark-compare`. When the last
+test of a contest is done, its contestants are timed once more in turn (side_by_side.run): the table
+after the run, and the figures in the saved JSON, are from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import side_by_side
+import torch
+from contest import Contest, Unavailable
+from workload import FULL, SMALL, Scale, review_ids
+
+from fasttx import device as devices
+from fasttx.packing import RaggedIds
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 10.0  # a contest's rounds side by side, three at least
+
+reports = pytest.StashKey[list[str]]()
+nothing_saved = pytest.StashKey[bool]()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a contest is made for: device, scale, and texts."""
+
+    device: torch.device
+    scale: Scale
+    data: str | None
+
+    @functools.cache  # noqa: B019  (one Setting a run)
+    def ids(self, count: int, max_len: int | None = None) -> tuple[RaggedIds, str]:
+        """`count` texts as token ids, and where they come from."""
+        return review_ids(self.data, count, self.scale.config)
+
+
+# ------------------------------------------------------------------------------- saving, comparing
+
+
+def _machine_folder() -> Path:
+    """Where this machine's runs lie, whatever folder pytest is started from."""
+    found = devices.hardware(devices.pick())
+    name = f"{found.get('gpu') or found['cpu']} {found['threads']} threads"
+    return ROOT / ".benchmarks" / re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    config.stash[reports], config.stash[nothing_saved] = [], False
+    if option.benchmark_storage == "file://./.benchmarks":  # pytest-benchmark's default
+        option.benchmark_storage = f"file://{_machine_folder()}"
+    if not option.benchmark_save and not option.benchmark_disable:
+        option.benchmark_autosave = option.benchmark_autosave or "run"
+    folder = Path(option.benchmark_storage.removeprefix("file://"))
+    if option.benchmark_compare is True and not any(folder.glob("*/[0-9]*_*.json")):
+        # The first run has nothing to be compared with; that is no fault.
+        option.benchmark_compare, option.benchmark_compare_fail = [], []
+        config.stash[nothing_saved] = True
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
+    machine_info["fasttx"] = side_by_side.environment(devices.pick())
+
+
+# ---------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="session")
+def setting(pytestconfig: pytest.Config) -> Setting:
+    """Full size where times are taken; small where pytest-benchmark is told not to."""
+    if pytestconfig._benchmarksession.disabled:
+        return Setting(devices.pick(), SMALL, None)
+    return Setting(devices.pick(), FULL, os.environ.get("FASTTX_DATA"))
+
+
+@pytest.fixture(scope="module")
+def contest(
+    request: pytest.FixtureRequest, setting: Setting, pytestconfig: pytest.Config
+) -> Iterator[Contest]:
+    """The contest that the test's parameter makes; at its end, its contestants side by side."""
+    try:
+        made = request.param(setting)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    yield made
+    infos = made.infos
+    if infos and not pytestconfig._benchmarksession.disabled:
+        made.warmup = 1  # each has just run
+        found = side_by_side.run(made, {n: made.entered[n] for n in infos}, seconds=SECONDS)
+        for row in found:
+            infos[row.contestant].update(made.facts, **asdict(row))
+        where = side_by_side.environment(made.device)
+        pytestconfig.stash[reports].append(side_by_side.report(made, found, where))
+
+
+@pytest.fixture
+def compete(benchmark: Any, contest: Contest) -> Callable[[str], None]:
+    """Verify a contestant, then let pytest-benchmark time its steps."""
+
+    def compete(name: str) -> None:
+        try:
+            contestant = contest.enter(name)
+        except Unavailable as reasons:
+            pytest.skip(f"{name}: {reasons}")
+        benchmark.group = contest.title
+        turn = itertools.cycle(range(contest.inputs))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first = side_by_side.timed(contestant.step, next(turn), contest.device)
+            rounds = min(50, int(2 / first)) if first < 2 / 3 else 3 if first < 5 else 1
+            benchmark.pedantic(
+                lambda: side_by_side.timed(contestant.step, next(turn), contest.device),
+                rounds=max(1, rounds),
+            )
+        contest.infos[name] = benchmark.extra_info
+
+    return compete
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for report in config.stash[reports]:
+        terminalreporter.section("side by side")
+        terminalreporter.write_line(report)
+    if config.stash[nothing_saved]:
+        terminalreporter.write_line(
+            f"\nNo run of this machine was saved before (in {_machine_folder()}): nothing to "
+            "compare with. This run is saved; the next --benchmark-compare compares with it."
+        )
