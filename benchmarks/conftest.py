@@ -13,10 +13,11 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import figures
 import pytest
 import side_by_side
 import torch
@@ -73,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
-    machine_info["fasttx"] = side_by_side.environment(devices.pick())
+    machine_info["fasttx"] = figures.environment(devices.pick())
 
 
 # ---------------------------------------------------------------------------------------- fixtures
@@ -102,9 +103,9 @@ def contest(
         made.warmup = 1  # each has just run
         found = side_by_side.run(made, {n: made.entered[n] for n in infos}, seconds=SECONDS)
         for row in found:
-            infos[row.contestant].update(made.facts, **asdict(row))
-        where = side_by_side.environment(made.device)
-        pytestconfig.stash[reports].append(side_by_side.report(made, found, where))
+            infos[row.contestant].update(made.facts, **row.record())
+        where = figures.environment(made.device)
+        pytestconfig.stash[reports].append(figures.report(made, found, where))
 
 
 @pytest.fixture

@@ -437,7 +437,7 @@ def _no_flash(device: torch.device, dtype: torch.dtype, p: float, backward: bool
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 def _flex(batch: Batch, p: float) -> Tensor:

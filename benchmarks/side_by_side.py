@@ -14,44 +14,21 @@ import gc
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import levels
-import numpy as np
 import torch
 from contest import Contest, Contestant, Unavailable
-from limit import Limit
+from figures import TUNED, Row, environment, report, rows
 from workload import FULL, review_ids
 
 from fasttx import device as devices
-
-SLICE_MS = 8.0  # what the scheduler gives a busy core's next thread on Linux
-TUNED = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contestant's figures. ratio: how many times as fast as the first peer that ran."""
-
-    contestant: str
-    samples_per_second: float
-    ratio: float
-    ms: float
-    quartiles_ms: tuple[float, float]
-    ideal_ms: float  # what the limit allows
-    limit_share: float  # ideal time over measured time
-    peak_memory_mb: float
-    rounds: int
-    note: str
-    artefact: bool  # time slices, not work: not to be quoted
 
 
 def timed(step: Callable[[int], object], i: int, device: torch.device) -> float:
@@ -94,22 +71,20 @@ def _reset_peak() -> bool:
     return True
 
 
+def kernel_ms(contest: Contest, contestant: Contestant) -> float:
+    """Median of triton.testing.do_bench, on CUDA's own events; NaN elsewhere."""
+    if contest.device.type != "cuda" or contest.facts.get("level") != "attention":
+        return math.nan
+    try:
+        from triton.testing import do_bench
+    except ImportError:
+        return math.nan
+    return do_bench(lambda: contestant.step(0), return_mode="median")
+
+
 def _resident_mb() -> float:
     with open("/proc/self/statm", encoding="ascii") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def scheduler_artefact(seconds: list[float], load: float) -> bool:
-    """Times that stand at multiples of 8 ms on a busy machine are time slices, not work.
-
-    Two threads that spin for one another's results wait a slice for every region they share.
-    """
-    slices = [1e3 * s / SLICE_MS for s in seconds]
-    at_multiples = sum(round(n) >= 1 and abs(n - round(n)) < 0.02 for n in slices)
-    busy = load > (os.cpu_count() or 1) / 2
-    return busy and len(slices) >= 3 and statistics.median(slices) < 16 and (
-        2 * at_multiples > len(slices)
-    )  # fmt: skip
 
 
 def run(contest: Contest, contestants: dict[str, Contestant], *, rounds: int | None = None,
@@ -129,118 +104,14 @@ def run(contest: Contest, contestants: dict[str, Contestant], *, rounds: int | N
         limit.seconds(0), limit.seconds(contest.inputs - 1)
     rounds = rounds or max(3, min(max(30, contest.inputs), int(seconds / cycle)))
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    kernels = {name: kernel_ms(contest, c) for name, c in contestants.items()}
     ideal: list[float] = []
     for r in range(rounds):
         i = r % contest.inputs
         for name, contestant in contestants.items():
             times[name].append(timed(contestant.step, i, device))
         ideal.append(limit.seconds(i) if limit else math.nan)
-    return rows(contest, contestants, times, statistics.median(ideal), memory, _load())
-
-
-def rows(contest: Contest, contestants: dict[str, Contestant], times: dict[str, list[float]],
-         ideal: float, memory: dict[str, float], load: float) -> list[Row]:  # fmt: skip
-    first = next((name for name in times if not name.startswith("fasttx-")), None)
-    base = statistics.median(times[first]) if first else math.nan
-    found = []
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        found.append(
-            Row(
-                name, contest.samples / median, base / median, 1e3 * median,
-                (1e3 * low, 1e3 * high), 1e3 * ideal, ideal / median, memory[name], len(seconds),
-                contestants[name].note, scheduler_artefact(seconds, load),
-            )
-        )  # fmt: skip
-    return found
-
-
-def _load() -> float:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
-
-
-# ----------------------------------------------------------------------------------------- tables
-
-HEADINGS = ("contestant", "samples/s", "ratio", "ms (quartiles)", "limit", "MB", "")
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    def number(x: float, form: str) -> str:
-        return "-" if math.isnan(x) else format(x, form)
-
-    if row.artefact:
-        note = f"{row.ms:.1f} ms is a multiple of {SLICE_MS:g} ms under load: scheduling, not work"
-        return (row.contestant, "-", "-", "-", "-", number(row.peak_memory_mb, ".0f"), note)
-    digits = 0 if row.ms >= 1000 else 1 if row.ms >= 100 else 2
-    low, high = row.quartiles_ms
-    ms = f"{row.ms:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
-    share = number(100 * row.limit_share, ".1f" if row.limit_share < 0.1 else ".0f")
-    return (
-        row.contestant, f"{row.samples_per_second:,.1f}", number(row.ratio, ".2f") + "x", ms,
-        share + (" %" if share != "-" else ""), number(row.peak_memory_mb, ".0f"), row.note,
-    )  # fmt: skip
-
-
-def table(found: Iterable[Row], markdown: bool = False) -> str:
-    """The figures as text, or as a table that a README takes. MB: see `peak_memory_mb`."""
-    lines = [HEADINGS, *map(_cells, found)]
-    if markdown:
-        return "\n".join(
-            [
-                "| " + " | ".join(HEADINGS) + " |",
-                "|" + "---|" * len(HEADINGS),
-                *("| " + " | ".join(cells) + " |" for cells in lines[1:]),
-            ]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS) - 1)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:], strict=True)]
-            + [line[-1]]
-        ).rstrip()
-        for line in lines
-    )
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    return {
-        **devices.hardware(device),
-        **{f"{name} version": version for name, version in devices.versions().items()},
-        "load": round(_load(), 2),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset"),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
-        "allocator": "tuned" if os.environ.get("GLIBC_TUNABLES") == TUNED else "default",
-    }
-
-
-def caption(where: dict[str, Any]) -> str:
-    """One line: hardware, versions, and what else could explain a figure."""
-    return (
-        f"{where.get('gpu') or where['cpu']}, {where['threads']} threads, "
-        f"torch {where['torch version']}, Python {where['python version']}, "
-        f"load {where['load']}, OMP_WAIT_POLICY {where['OMP_WAIT_POLICY']}, "
-        f"{where['allocator']} allocator"
-    )
-
-
-def limit_line(limit: Limit | None) -> str:
-    """What the limit column is a share of."""
-    if limit is None or not limit.rates:
-        return "no limit is reckoned for this"
-    line = f"limit: products at the model's shapes, {np.median(limit.rates) / 1e9:,.0f} GFLOP/s"
-    return line + (f", {limit.bandwidth / 1e9:,.0f} GB/s" if limit.bandwidth else "")
-
-
-def report(
-    contest: Contest, found: list[Row], where: dict[str, Any], markdown: bool = False
-) -> str:
-    """The question, what it was measured on, and the table."""
-    rounds = found[0].rounds if found else 0
-    lines = [contest.title, f"{caption(where)}, n = {rounds}", limit_line(contest.limit), ""]
-    return "\n".join([*lines, table(found, markdown)])
+    return rows(contest, times, ideal, memory, kernels)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -306,16 +177,23 @@ def main() -> None:
         os.execve(
             sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": TUNED}
         )
+    if arguments.rounds is not None and arguments.rounds < 2:
+        parser.error(f"--rounds is {arguments.rounds}; expected at least 2, to have a spread")
     torch.set_num_threads(arguments.threads)
     device = devices.pick(arguments.device)
     records = []
     for contest in contests(arguments, device):
+        if unknown := set(arguments.contestants) - set(contest.entrants):
+            known = ", ".join(contest.entrants)
+            parser.error(f"--contestants {', '.join(unknown)}; expected some of {known}")
         entered = enter_all(contest, arguments.contestants)
+        if not entered:
+            continue
         where = environment(device)
         found = run(contest, entered, rounds=arguments.rounds, seconds=arguments.seconds)
         print("\n" + report(contest, found, where, arguments.markdown), flush=True)
         records.append({"title": contest.title, **contest.facts, "environment": where,
-                        "rows": [asdict(row) for row in found]})  # fmt: skip
+                        "rows": [row.record() for row in found]})  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=2) + "\n")
 

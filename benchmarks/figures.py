@@ -1,0 +1,178 @@
+"""What a run's times say: rows, their tables, and what they were measured on."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from contest import Contest
+from limit import Limit
+
+from fasttx import device as devices
+
+SLICE_MS = 8.0  # what the scheduler gives a busy core's next thread on Linux
+TUNED = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant's figures, from medians over `rounds` rounds."""
+
+    contestant: str
+    samples_per_second: float
+    ratio: float  # times as fast as the first peer that ran
+    ms: float
+    quartiles_ms: tuple[float, float]
+    ideal_ms: float  # what the limit allows
+    limit_share: float  # ideal time over measured time
+    peak_memory_mb: float  # how far memory rises during a step
+    kernel_ms: float  # by triton.testing.do_bench, on CUDA, for attention alone
+    rounds: int
+    note: str
+    artefact: bool  # time slices, not work: not to be quoted
+
+    def record(self) -> dict[str, Any]:
+        """For JSON, which has no NaN."""
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def rows(
+    contest: Contest, times: Mapping[str, list[float]], ideal: list[float],
+    memory: Mapping[str, float], kernels: Mapping[str, float],
+) -> list[Row]:  # fmt: skip
+    """From seconds by contestant and ideal seconds, one of each a round."""
+    first = next((name for name in times if not name.startswith("fasttx-")), None)
+    base = statistics.median(times[first]) if first else math.nan
+    best = statistics.median(ideal)
+    found = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        found.append(
+            Row(
+                contestant=name,
+                samples_per_second=contest.samples / median,
+                ratio=base / median,
+                ms=1e3 * median,
+                quartiles_ms=(1e3 * low, 1e3 * high),
+                ideal_ms=1e3 * best,
+                limit_share=best / median,
+                peak_memory_mb=memory[name],
+                kernel_ms=kernels[name],
+                rounds=len(seconds),
+                note=contest.entrants[name].note,
+                artefact=scheduler_artefact(seconds, load_average()),
+            )
+        )
+    return found
+
+
+def scheduler_artefact(seconds: list[float], load: float) -> bool:
+    """Whether short times stand at multiples of 8 ms on a busy machine: time slices, not work.
+
+    Two threads that spin for one another's results wait a slice for every region they share.
+    """
+    slices = [1e3 * s / SLICE_MS for s in seconds]
+    at_multiples = sum(round(n) >= 1 and abs(n - round(n)) < 0.02 for n in slices)
+    busy = load > (os.cpu_count() or 1) / 2
+    short = statistics.median(slices) < 16  # beyond, a multiple is always near
+    return busy and short and len(slices) >= 3 and 2 * at_multiples > len(slices)
+
+
+def load_average() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+HEADINGS = ("contestant", "samples/s", "ratio", "ms (quartiles)", "limit", "MB", "do_bench ms", "")
+
+
+def _number(x: float, form: str, unit: str = "") -> str:
+    return "-" if math.isnan(x) else format(x, form) + unit
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    memory, kernel = _number(row.peak_memory_mb, ",.0f"), _number(row.kernel_ms, ".3f")
+    if row.artefact:
+        note = f"{row.ms:.1f} ms is a multiple of {SLICE_MS:g} ms under load: scheduling, not work"
+        return (row.contestant, *"----", memory, kernel, note)
+    digits = next((d for d, least in enumerate((1000, 100, 10, 1)) if row.ms >= least), 3)
+    low, high = row.quartiles_ms
+    return (
+        row.contestant,
+        f"{row.samples_per_second:,.1f}",
+        _number(row.ratio, ".2f", "x"),
+        f"{row.ms:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})",
+        _number(100 * row.limit_share, ".1f" if row.limit_share < 0.1 else ".0f", " %"),
+        memory,
+        kernel,
+        row.note,
+    )
+
+
+def table(found: Iterable[Row], markdown: bool = False) -> str:
+    """The rows as text, or as a table that a README takes."""
+    lines = [HEADINGS, *map(_cells, found)]
+    kept = [i for i, column in enumerate(zip(*lines, strict=True)) if {*column[1:]} - {"-", ""}]
+    lines = [tuple(line[i] for i in kept) for line in lines]
+    if markdown:
+        lines.insert(1, ("---",) * len(kept))
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for line in lines:
+        cells = [c.rjust(w) for c, w in zip(line, widths, strict=True)]
+        cells[0] = line[0].ljust(widths[0])
+        if kept[-1] == len(HEADINGS) - 1:
+            cells[-1] = line[-1]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    return {
+        **devices.hardware(device),
+        **{f"{name} version": version for name, version in devices.versions().items()},
+        "load": round(load_average(), 2),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
+        "allocator": "tuned" if os.environ.get("GLIBC_TUNABLES") == TUNED else "default",
+    }
+
+
+def caption(where: dict[str, Any]) -> str:
+    """One line: hardware, versions, and what else could explain a figure."""
+    return (
+        f"{where.get('gpu') or where['cpu']}, {where['threads']} threads, "
+        f"torch {where['torch version']}, Python {where['python version']}, "
+        f"load {where['load']}, OMP_WAIT_POLICY {where['OMP_WAIT_POLICY']}, "
+        f"{where['allocator']} allocator"
+    )
+
+
+def limit_line(limit: Limit | None) -> str:
+    """What the column `limit` is a share of."""
+    if limit is None or not limit.rates:
+        return "no limit is reckoned for this"
+    line = f"limit: products at the model's shapes, {np.median(limit.rates) / 1e9:,.0f} GFLOP/s"
+    return line + (f", {limit.bandwidth / 1e9:,.0f} GB/s" if limit.bandwidth else "")
+
+
+def report(
+    contest: Contest, found: list[Row], where: dict[str, Any], markdown: bool = False
+) -> str:
+    """The question, what it was measured on, and the table."""
+    rounds = found[0].rounds if found else 0
+    lines = [contest.title, f"{caption(where)}, n = {rounds}", limit_line(contest.limit), ""]
+    return "\n".join([*lines, table(found, markdown)])
