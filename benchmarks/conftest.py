@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,11 +26,10 @@ from workload import FULL, SMALL, Scale, review_ids
 from fasttx import device as devices
 from fasttx.packing import RaggedIds
 
-ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 10.0  # a contest's rounds side by side, three at least
 
 reports = pytest.StashKey[list[str]]()
-nothing_saved = pytest.StashKey[bool]()
+remarks = pytest.StashKey[list[str]]()
 
 
 @dataclass(frozen=True)
@@ -51,30 +49,43 @@ class Setting:
 # ------------------------------------------------------------------------------- saving, comparing
 
 
-def _machine_folder() -> Path:
-    """Where this machine's runs lie, whatever folder pytest is started from."""
-    found = devices.hardware(devices.pick())
-    name = f"{found.get('gpu') or found['cpu']} {found['threads']} threads"
-    return ROOT / ".benchmarks" / re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
-
-
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
     option = config.option
-    config.stash[reports], config.stash[nothing_saved] = [], False
+    config.stash[reports], config.stash[remarks] = [], []
     if option.benchmark_storage == "file://./.benchmarks":  # pytest-benchmark's default
-        option.benchmark_storage = f"file://{_machine_folder()}"
+        option.benchmark_storage = f"file://{figures.saved_runs_folder()}"
     if not option.benchmark_save and not option.benchmark_disable:
         option.benchmark_autosave = option.benchmark_autosave or "run"
     folder = Path(option.benchmark_storage.removeprefix("file://"))
     if option.benchmark_compare is True and not any(folder.glob("*/[0-9]*_*.json")):
         # The first run has nothing to be compared with; that is no fault.
         option.benchmark_compare, option.benchmark_compare_fail = [], []
-        config.stash[nothing_saved] = True
+        config.stash[remarks].append(
+            f"No run of this machine was saved before in {folder}, so there is nothing to compare "
+            "with. This run is saved; the next one is compared with it."
+        )
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
     machine_info["fasttx"] = figures.environment(devices.pick())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_compare_machine_info(
+    config: pytest.Config, machine_info: Any, compared_benchmark: Any
+) -> None:
+    """Say what else has changed since; pytest-benchmark's own warning holds the whole of both, and
+    fails where the storage is not below the current folder."""
+    then, now = compared_benchmark["machine_info"].get("fasttx", {}), machine_info["fasttx"]
+    changed = [
+        f"{key} {then.get(key)} then, {now[key]} now"
+        for key in now
+        if key != "load" and then.get(key) != now[key]
+    ]
+    if changed:
+        config.stash[remarks].append(f"Not only the code has changed: {'; '.join(changed)}.")
+    compared_benchmark["machine_info"] = machine_info
 
 
 # ---------------------------------------------------------------------------------------- fixtures
@@ -136,8 +147,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for report in config.stash[reports]:
         terminalreporter.section("side by side")
         terminalreporter.write_line(report)
-    if config.stash[nothing_saved]:
-        terminalreporter.write_line(
-            f"\nNo run of this machine was saved before (in {_machine_folder()}): nothing to "
-            "compare with. This run is saved; the next --benchmark-compare compares with it."
-        )
+    for remark in config.stash[remarks]:
+        terminalreporter.write_line(f"\n{remark}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,6 +151,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
         "allocator": "tuned" if os.environ.get("GLIBC_TUNABLES") == TUNED else "default",
     }
+
+
+def saved_runs_folder() -> Path:
+    """Where pytest-benchmark keeps this machine's runs, whatever folder it is started from."""
+    found = devices.hardware(devices.pick())
+    name = f"{found.get('gpu') or found['cpu']} {found['threads']} threads"
+    folder = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+    return Path(__file__).resolve().parents[1] / ".benchmarks" / folder
 
 
 def caption(where: dict[str, Any]) -> str:
