@@ -4,7 +4,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= 2
-# Flags for train.py, e.g.  make train ARGS="--attn-backend sdpa --epochs 2"
+# Flags for train.py, e.g.  make train ARGS="--attn-backend sdpa --epochs 2", or for pytest: make bench
 ARGS    ?=
 
 PY      := $(VENV)/bin/python
@@ -17,12 +17,14 @@ QUIET   := $(if $(CI),--quiet)
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format types clean
+.PHONY: help train test bench bench-once plots lint format types clean
 
 help:
 	@echo 'make train    train on IMDB where it can be had, else on the built-in demo data'
 	@echo '              flags for train.py: make train ARGS="--epochs 2"'
 	@echo 'make test     run all tests ($(WORKERS) processes; WORKERS=8 for more)'
+	@echo 'make bench    time every backend and every peer: make bench ARGS="-k training" for a part of it'
+	@echo 'make plots    figures in docs/ from what make bench saved (make bench-once: does each run?)'
 	@echo 'make lint     ruff: rules and formatting (make format mends them)'
 	@echo 'make types    mypy'
 	@echo 'make clean    remove $(VENV), build outputs and caches; runs/ stays'
@@ -36,6 +38,16 @@ train: $(VENV)/.train
 
 test: $(VENV)/.dev
 	$(QUIET_THREADS) $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
+# A waiting thread sleeps here too, but each process has all cores.
+bench: $(VENV)/.dev
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest benchmarks/ --benchmark-compare $(ARGS)
+
+bench-once: $(VENV)/.dev
+	$(QUIET_THREADS) $(PY) -m pytest benchmarks/ --benchmark-disable -q
+
+plots: $(VENV)/.dev
+	$(PY) benchmarks/plots.py
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import os
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -451,6 +453,8 @@ def _no_flex(device: torch.device, dtype: torch.dtype, p: float, backward: bool)
         reasons.append(f"device {device.type}: FlexAttention's fused kernels are for cpu and cuda")
     if device.type == "cpu" and backward:
         reasons.append("on the CPU it has no backward pass")
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++"))):
+        reasons.append("torch.compile needs a C++ compiler: install g++, or name one in $CXX")
     return reasons
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,120 +20,121 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
+import levels
 import matplotlib.pyplot as plt
 from figures import caption, saved_runs_folder
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from peers import ATTENTION_PEERS, TRAINING_PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "pytest benchmarks/ && python benchmarks/plots.py"
-OURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5")
-PEERS = ("#5f5e5b", "#8a8985", "#a8a6a1", "#c2c0bb", "#77756f", "#b5b3ad", "#98968f")
-MARKERS = "osD^vPX"
+COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5")  # of fasttx's backends
+GREYS = ("#5f5e5b", "#8a8985", "#a8a6a1", "#c2c0bb", "#77756f", "#b5b3ad", "#98968f")  # of peers
+MARKERS = "osD^vPX*"
 LIMIT = "#b3261e"
 
-Figures = dict[str, dict[str, Any]]  # of a contest, by contestant
+
+@dataclass(frozen=True)
+class Measured:
+    """A contest as it was last run: the figures of each contestant, and where that was."""
+
+    rows: dict[str, dict[str, Any]]
+    where: dict[str, Any]
+
+    def are(self, **facts: Any) -> bool:
+        return facts.items() <= next(iter(self.rows.values())).items()
 
 
-def contests(paths: list[Path]) -> tuple[list[Figures], dict[str, Any]]:
-    """Each contest as it was last run, contestants together, and where the last run was."""
-    newest: dict[str, Figures] = {}
-    where: dict[str, Any] = {}
+def contests(paths: list[Path]) -> list[Measured]:
+    newest: dict[str, Measured] = {}
     for path in paths:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        where = saved["machine_info"]["fasttx"]
-        found: dict[str, Figures] = {}
+        found: dict[str, Measured] = {}
         for benchmark in saved["benchmarks"]:
             info = benchmark["extra_info"]
             if "contestant" in info and not info["artefact"]:
-                found.setdefault(benchmark["group"], {})[info["contestant"]] = info
+                one = found.setdefault(
+                    benchmark["group"], Measured({}, saved["machine_info"]["fasttx"])
+                )
+                one.rows[info["contestant"]] = info
         newest.update(found)
-    return list(newest.values()), where
+    return list(newest.values())
 
 
-def chosen(found: list[Figures], **wanted: Any) -> list[Figures]:
-    """The contests whose facts are these."""
-    return [c for c in found if wanted.items() <= next(iter(c.values())).items()]
+def style(name: str) -> dict[str, Any]:
+    """A contestant looks the same in all figures: backends in colours, peers in greys."""
+    ours = name.startswith("fasttx-")
+    names = [*levels.backend_names()] if ours else [*ATTENTION_PEERS, *TRAINING_PEERS]
+    i = names.index(name) if name in names else len(names)
+    colours = COLOURS if ours else GREYS
+    return {
+        "color": colours[i % len(colours)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "linewidth": 2 if ours else 1.2,
+    }
 
 
-class Style:
-    """One colour a contestant: fasttx's backends in colours, peers in greys."""
-
-    def __init__(self, names: list[str]) -> None:
-        ours = [name for name in names if name.startswith("fasttx-")]
-        peers = [name for name in names if name not in ours]
-        self.colour = {name: OURS[i % len(OURS)] for i, name in enumerate(ours)}
-        self.colour |= {name: PEERS[i % len(PEERS)] for i, name in enumerate(peers)}
-        self.marker = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate([*ours, *peers])}
-
-
-def samples_by_contestant(axes: Axes, found: list[Figures]) -> bool:
-    contests = chosen(found, level="training", batch=32)
-    if not contests:
-        return False
-    rows = sorted(contests[0].values(), key=lambda row: row["samples_per_second"])
-    names = [row["contestant"] for row in rows]
-    values = [row["samples_per_second"] for row in rows]
-    colours = Style(names).colour
-    bars = axes.barh(names, values, color=[colours[name] for name in names], height=0.7)
-    axes.bar_label(bars, [f" {value:,.1f}" for value in values], fontsize=9)
-    limit = 32e3 / rows[0]["ideal_ms"]
-    axes.axvline(limit, color=LIMIT, linestyle="--", linewidth=1)
-    axes.text(
-        limit, -0.9, f"the products alone: {limit:,.0f} ", color=LIMIT, ha="right", fontsize=9
-    )
-    axes.set_ylim(-1.2, len(rows) - 0.5)
-    axes.set_xlabel("samples/s")
-    axes.set_title(f"A training step, batch 32, {rows[0]['lengths']}, dropout everywhere")
-    axes.grid(axis="y", visible=False)
-    return True
+def samples_by_contestant(axes: Axes, found: list[Measured]) -> list[Measured]:
+    drawn = [m for m in found if m.are(level="training", batch=32)][-1:]
+    for measured in drawn:
+        rows = sorted(measured.rows.values(), key=lambda row: row["samples_per_second"])
+        names = [row["contestant"] for row in rows]
+        values = [row["samples_per_second"] for row in rows]
+        colours = [style(n)["color"] if n.startswith("fasttx-") else GREYS[3] for n in names]
+        bars = axes.barh(names, values, color=colours, height=0.7)
+        axes.bar_label(bars, [f"{v:,.1f}" for v in values], fontsize=9, padding=3)
+        for bar, row in zip(bars, rows, strict=True):
+            place = 0, bar.get_y() + bar.get_height() / 2
+            shade = "white" if row["contestant"].startswith("fasttx-") else "#37352f"
+            axes.annotate(row["note"], place, (5, 0), textcoords="offset points", fontsize=6.5,
+                          va="center", color=shade)  # fmt: skip
+        limit = 32e3 / rows[0]["ideal_ms"]
+        axes.axvline(limit, color=LIMIT, linestyle="--", linewidth=1)
+        axes.text(limit, -0.9, f"its products alone: {limit:,.0f} ", color=LIMIT, ha="right")
+        axes.set_ylim(-1.2, len(rows) - 0.5)
+        axes.set_xlabel("samples/s")
+        axes.set_title(f"A training step, batch 32, {rows[0]['lengths']}, dropout everywhere")
+        axes.grid(axis="y", visible=False)
+    return drawn
 
 
-def _by_length(found: list[Figures]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
-    """Of each contestant, (length, figures) of attention on texts of one length."""
-    lines: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for contest in chosen(found, level="attention", backward=True, p=0.1, dtype="float32"):
-        for name, row in contest.items():
-            length, _, rest = row["lengths"].partition(" ")
+def _by_length(
+    axes: Axes, found: list[Measured], value: Callable[[float, float], float]
+) -> list[Measured]:
+    """Attention on texts of one length each: value(ms, tokens) of every contestant, and limit."""
+    lengths: dict[int, Measured] = {}
+    for measured in found:
+        if measured.are(level="attention", backward=True, p=0.1, dtype="float32"):
+            length, _, rest = next(iter(measured.rows.values()))["lengths"].partition(" ")
             if rest == "tokens each":
-                lines.setdefault(name, []).append((int(length), row))
-    return {name: sorted(line, key=lambda x: x[0]) for name, line in lines.items()}
+                lengths[int(length)] = measured
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for length, measured in sorted(lengths.items()):
+        for name, row in measured.rows.items():
+            lines.setdefault(name, []).append((length, value(row["ms"], row["tokens"])))
+        lines.setdefault("limit", []).append((length, value(row["ideal_ms"], row["tokens"])))
+    for name, line in sorted(lines.items(), key=lambda item: -item[1][-1][1]):
+        look = style(name) if name != "limit" else {"color": LIMIT, "ls": "--", "linewidth": 1}
+        axes.plot(*zip(*line, strict=True), label=name, markersize=5, **look)
+    if lengths:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sorted(lengths), [str(n) for n in sorted(lengths)])
+        axes.set_xlabel("tokens a text (8,192 tokens a batch)")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return list(lengths.values())
 
 
-def _lines(axes: Axes, found: list[Figures], value: Callable[[dict[str, Any]], float],
-           ideal: Callable[[dict[str, Any]], float]) -> bool:  # fmt: skip
-    lines = _by_length(found)
-    if not lines:
-        return False
-    style = Style(list(lines))
-    for name, line in lines.items():
-        lengths, values = [n for n, _ in line], [value(row) for _, row in line]
-        ours = name.startswith("fasttx-")
-        axes.plot(lengths, values, color=style.colour[name], marker=style.marker[name],
-                  markersize=5, linewidth=2 if ours else 1.2, label=name)  # fmt: skip
-    longest = max(lines.values(), key=len)
-    limits = [ideal(row) for _, row in longest]
-    lengths = [n for n, _ in longest]
-    axes.plot(lengths, limits, color=LIMIT, linestyle="--", linewidth=1, label="limit")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(lengths, [str(n) for n in lengths])
-    axes.set_xlabel("tokens a text (8,192 tokens a batch)")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return True
-
-
-def throughput_by_length(axes: Axes, found: list[Figures]) -> bool:
+def throughput_by_length(axes: Axes, found: list[Measured]) -> list[Measured]:
     axes.set_title("Attention, forward + backward, dropout 0.1, fp32: throughput")
     axes.set_ylabel("tokens/s")
-    return _lines(axes, found, lambda r: 1e3 * r["tokens"] / r["ms"],
-                  lambda r: 1e3 * r["tokens"] / r["ideal_ms"])  # fmt: skip
+    return _by_length(axes, found, lambda ms, tokens: 1e3 * tokens / ms)
 
 
-def time_by_length(axes: Axes, found: list[Figures]) -> bool:
+def time_by_length(axes: Axes, found: list[Measured]) -> list[Measured]:
     axes.set_title("Attention, forward + backward, dropout 0.1, fp32: time")
     axes.set_ylabel("ms a batch")
-    return _lines(axes, found, lambda r: r["ms"], lambda r: r["ideal_ms"])
+    return _by_length(axes, found, lambda ms, tokens: ms)
 
 
 FIGURES = {
@@ -142,20 +144,21 @@ FIGURES = {
 }
 
 
-def draw(name: str, found: list[Figures], where: dict[str, Any], folder: Path) -> Figure | None:
-    """One figure as SVG and PNG; None where nothing was saved for it."""
+def draw(name: str, found: list[Measured], folder: Path) -> bool:
+    """One figure as SVG and PNG; False where nothing was saved for it."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    if not FIGURES[name](axes, found):
-        plt.close(figure)
-        return None
-    text = f"{caption(where)}\n{COMMAND}"
-    figure.supxlabel(text, fontsize=7, color="#5f5e5b", x=0.01, ha="left")
-    for suffix in ("svg", "png"):
-        # No date in the file: equal figures give equal bytes.
-        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-        figure.savefig(folder / f"{name}.{suffix}", dpi=160, metadata=metadata)
+    drawn = FIGURES[name](axes, found)
+    if drawn:
+        rounds = sorted({row["rounds"] for m in drawn for row in m.rows.values()})
+        n = "-".join(str(r) for r in dict.fromkeys((rounds[0], rounds[-1])))
+        text = f"{caption(drawn[-1].where)}, n = {n}\n{COMMAND}"
+        figure.supxlabel(text, fontsize=7, color="#5f5e5b", x=0.01, ha="left")
+        for suffix in ("svg", "png"):
+            # No date in the file: equal figures give equal bytes.
+            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+            figure.savefig(folder / f"{name}.{suffix}", dpi=160, metadata=metadata)
     plt.close(figure)
-    return figure
+    return bool(drawn)
 
 
 def main() -> None:
@@ -171,10 +174,10 @@ def main() -> None:
         "axes.axisbelow": True, "grid.color": "#e6e5e2", "grid.linewidth": 0.7, "font.size": 9,
         "axes.titlesize": 11, "axes.titlelocation": "left", "svg.hashsalt": "fasttx",
     })  # fmt: skip
-    found, where = contests(paths)
+    found = contests(paths)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
-        drawn = draw(name, found, where, arguments.folder)
+        drawn = draw(name, found, arguments.folder)
         print(f"{name}: " + (f"{arguments.folder / name}.svg, .png" if drawn else "not measured"))
 
 
