@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import levels
+import attention_level
 import pytest
 import torch
 from contest import Unavailable
@@ -28,7 +28,7 @@ def one_layer(
     else:
         lengths = [[scale.of(length)] * batch] * INPUTS
         what = f"{scale.of(length)} tokens each"
-    return levels.attention(
+    return attention_level.attention(
         lengths, scale.config, setting.device, dtype=dtype, p=p, backward=backward, what=what
     )
 
@@ -48,6 +48,6 @@ CONTESTS = [
 
 
 @pytest.mark.parametrize("contest", CONTESTS, indirect=True)
-@pytest.mark.parametrize("name", levels.attention_names())
+@pytest.mark.parametrize("name", attention_level.attention_names())
 def test_attention(compete, name):
     compete(name)

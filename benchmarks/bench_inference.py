@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import levels
+import model_level
 import pytest
 
 TEXTS = 128  # a step, in batches of 32
@@ -15,12 +15,12 @@ def bulk(batch_size: int, setting: Any) -> Any:
     scale = setting.scale
     size, texts = scale.of(batch_size), scale.of(TEXTS)
     ids, what = setting.ids(4 * texts)
-    return levels.bulk(ids, size, scale.config, setting.device, texts=texts, what=what)
+    return model_level.bulk(ids, size, scale.config, setting.device, texts=texts, what=what)
 
 
 def latency(setting: Any) -> Any:
     ids, what = setting.ids(setting.scale.of(64))
-    return levels.latency(ids, setting.scale.config, setting.device, what=what)
+    return model_level.latency(ids, setting.scale.config, setting.device, what=what)
 
 
 CONTESTS = [
@@ -30,6 +30,6 @@ CONTESTS = [
 
 
 @pytest.mark.parametrize("contest", CONTESTS, indirect=True)
-@pytest.mark.parametrize("name", levels.inference_names())
+@pytest.mark.parametrize("name", model_level.inference_names())
 def test_inference(compete, name):
     compete(name)

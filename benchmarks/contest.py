@@ -8,11 +8,27 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from fasttx.attention.registry import BACKENDS, Backend
+
 if TYPE_CHECKING:
     from limit import Limit
 
 # How far an outcome may be from the reference's, in the norm; beyond, it is another function's.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+# The dtype that each precision of a model multiplies in.
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def backends() -> dict[str, Backend]:
+    """The registry's backends, under the names that they have as contestants."""
+    return {f"fasttx-{name}": backend for name, backend in BACKENDS.items()}
 
 
 class Unavailable(Exception):

@@ -24,7 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import levels
+import attention_level
+import model_level
 import side_by_side
 import torch
 from contest import Contest, Contestant, Unavailable
@@ -203,7 +204,7 @@ def attention(
 ) -> Contest:
     size = scale.of(32)
     lengths = ids.lengths[: 3 * size].reshape(3, size).tolist()
-    return levels.attention(lengths, scale.config, device, dtype=dtype, p=p, what=what)
+    return attention_level.attention(lengths, scale.config, device, dtype=dtype, p=p, what=what)
 
 
 def training(
@@ -211,7 +212,7 @@ def training(
 ) -> Contest:
     some = ids.truncate(scale.config.max_len)
     some = some.select(range(2 * scale.of(size)))
-    return levels.training(
+    return model_level.training(
         some, scale.of(size), scale.config, device, precision=precision, what=what
     )
 

@@ -31,7 +31,7 @@ class _Peer(nn.Module):
     note = ""
 
     @classmethod
-    def unavailable_reasons(cls) -> list[str]:
+    def unavailable_reasons(cls, precision: str) -> list[str]:
         return []
 
     @classmethod
@@ -105,6 +105,12 @@ class TorchEncoderNested(TorchEncoder):
     """The same in eval mode on a nested tensor, which its fast path takes: no padded work."""
 
     note = "fed a nested tensor"
+
+    @classmethod
+    def unavailable_reasons(cls, precision: str) -> list[str]:
+        if precision in ("fp32", "tf32"):
+            return []
+        return [f"precision {precision}: the fast path does not run under autocast"]
 
     def encode(self, h: Tensor, real: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():  # nested tensors have no backward here
@@ -184,7 +190,7 @@ class XTransformers(_Peer):
     note = "no biases in projections and norms"
 
     @classmethod
-    def unavailable_reasons(cls) -> list[str]:
+    def unavailable_reasons(cls, precision: str) -> list[str]:
         return missing("x_transformers", "x-transformers")
 
     @classmethod
@@ -238,7 +244,7 @@ class HuggingFaceBert(nn.Module):
     attention = "sdpa"
 
     @classmethod
-    def unavailable_reasons(cls) -> list[str]:
+    def unavailable_reasons(cls, precision: str) -> list[str]:
         return missing("transformers", "transformers")
 
     def __init__(self, config: ModelConfig) -> None:

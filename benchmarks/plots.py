@@ -20,8 +20,8 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
-import levels
 import matplotlib.pyplot as plt
+from contest import backends
 from figures import caption, saved_runs_folder
 from matplotlib.axes import Axes
 from peers import ATTENTION_PEERS, TRAINING_PEERS
@@ -64,7 +64,7 @@ def contests(paths: list[Path]) -> list[Measured]:
 def style(name: str) -> dict[str, Any]:
     """A contestant looks the same in all figures: backends in colours, peers in greys."""
     ours = name.startswith("fasttx-")
-    names = [*levels.backend_names()] if ours else [*ATTENTION_PEERS, *TRAINING_PEERS]
+    names = [*backends()] if ours else [*ATTENTION_PEERS, *TRAINING_PEERS]
     i = names.index(name) if name in names else len(names)
     colours = COLOURS if ours else GREYS
     return {

@@ -22,9 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import levels
+import attention_level
+import model_level
 import torch
-from contest import Contest, Contestant, Unavailable
+from contest import DTYPES, Contest, Contestant, Unavailable
 from figures import TUNED, Row, environment, report, rows
 from workload import FULL, review_ids
 
@@ -87,6 +88,18 @@ def _resident_mb() -> float:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def available_mb(device: torch.device) -> float:
+    """Memory that is free for a step, MiB; infinite where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            sizes = dict(line.split(":") for line in f)
+        return int(sizes["MemAvailable"].split()[0]) / 1024
+    except (OSError, KeyError):  # not Linux
+        return math.inf
+
+
 def run(contest: Contest, contestants: dict[str, Contestant], *, rounds: int | None = None,
         seconds: float = 100.0) -> list[Row]:  # fmt: skip
     """The contest's table. rounds: default as many as fit into `seconds`, at least 3, and at most
@@ -138,19 +151,19 @@ def contests(arguments: argparse.Namespace, device: torch.device) -> Iterable[Co
     if arguments.level == "attention":
         texts, what = ids(3 * size)
         lengths = texts.lengths.reshape(3, size).tolist()
-        dtype = levels.DTYPES[arguments.precision]
+        dtype = DTYPES[arguments.precision]
         for p in (0.1, 0.0):
-            yield levels.attention(lengths, config, device, dtype=dtype, p=p, what=what)
+            yield attention_level.attention(lengths, config, device, dtype=dtype, p=p, what=what)
         return
     count = {"step": 4 * size, "inference": 4 * 4 * size, "latency": 64}[arguments.level]
     texts, what = ids(count)
     options = {"precision": arguments.precision, "what": what}
     if arguments.level == "step":
-        yield levels.training(texts, size, config, device, **options)
+        yield model_level.training(texts, size, config, device, **options)
     elif arguments.level == "inference":
-        yield levels.bulk(texts, size, config, device, texts=4 * size, **options)
+        yield model_level.bulk(texts, size, config, device, texts=4 * size, **options)
     else:
-        yield levels.latency(texts, config, device, **options)
+        yield model_level.latency(texts, config, device, **options)
 
 
 def main() -> None:
@@ -163,7 +176,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=100.0, help="time for a contest's rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=tuple(levels.DTYPES))
+    parser.add_argument("--precision", default="fp32", choices=tuple(DTYPES))
     parser.add_argument("--contestants", nargs="*", default=[], help="default: all that run here")
     parser.add_argument(
         "--words", action="store_true", help="count white-space words: shorter, no punctuation"
@@ -180,7 +193,11 @@ def main() -> None:
     if arguments.rounds is not None and arguments.rounds < 2:
         parser.error(f"--rounds is {arguments.rounds}; expected at least 2, to have a spread")
     torch.set_num_threads(arguments.threads)
-    device = devices.pick(arguments.device)
+    try:
+        device = devices.pick(arguments.device)
+        devices.set_precision(device, arguments.precision)
+    except devices.DeviceError as error:
+        parser.error(str(error))
     records = []
     for contest in contests(arguments, device):
         if unknown := set(arguments.contestants) - set(contest.entrants):

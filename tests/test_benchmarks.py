@@ -22,12 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import attention_level
 import contest as contests
 import data_level
 import device_report
 import figures
-import levels
 import limit
+import model_level
 import peers
 import side_by_side
 from workload import SMALL, make_batches, padded, review_ids, slices
@@ -43,12 +44,12 @@ LENGTHS = [[5, 16, 9], [16, 2, 11]]
 
 
 def attention_contest(**options):
-    return levels.attention(LENGTHS, CONFIG, CPU, what="test", **options)
+    return attention_level.attention(LENGTHS, CONFIG, CPU, what="test", **options)
 
 
 def training_contest(batch_size=4):
     ids, _ = review_ids(None, 2 * batch_size, CONFIG)
-    return levels.training(ids, batch_size, CONFIG, CPU, what="test")
+    return model_level.training(ids, batch_size, CONFIG, CPU, what="test")
 
 
 # ---------------------------------------------------------------------------------- what is counted
@@ -123,8 +124,8 @@ def fake_backend(monkeypatch, name="fake", factor=1.0, reasons=(), dropout="shar
 
 def test_a_listed_backend_takes_part(monkeypatch):
     fake_backend(monkeypatch)
-    assert "fasttx-fake" in {*levels.attention_names()} & {*levels.training_names()}
-    assert "fasttx-fake" in levels.inference_names()
+    assert "fasttx-fake" in {*attention_level.attention_names()} & {*model_level.training_names()}
+    assert "fasttx-fake" in model_level.inference_names()
     for made in (attention_contest(), training_contest()):
         made.enter("fasttx-fake").step(0)
 
