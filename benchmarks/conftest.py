@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ class Setting:
     data: str | None
 
     @functools.cache  # noqa: B019  (one Setting a run)
-    def ids(self, count: int, max_len: int | None = None) -> tuple[RaggedIds, str]:
+    def ids(self, count: int) -> tuple[RaggedIds, str]:
         """`count` texts as token ids, and where they come from."""
         return review_ids(self.data, count, self.scale.config)
 
@@ -58,7 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not option.benchmark_save and not option.benchmark_disable:
         option.benchmark_autosave = option.benchmark_autosave or "run"
     folder = Path(option.benchmark_storage.removeprefix("file://"))
-    if option.benchmark_compare is True and not any(folder.glob("*/[0-9]*_*.json")):
+    local = option.benchmark_storage.startswith("file://")
+    if local and option.benchmark_compare is True and not any(folder.glob("*/[0-9]*_*.json")):
         # The first run has nothing to be compared with; that is no fault.
         option.benchmark_compare, option.benchmark_compare_fail = [], []
         config.stash[remarks].append(
@@ -130,14 +130,13 @@ def compete(benchmark: Any, contest: Contest) -> Callable[[str], None]:
             pytest.skip(f"{name}: {reasons}")
         benchmark.group = contest.title
         turn = itertools.cycle(range(contest.inputs))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            first = side_by_side.timed(contestant.step, next(turn), contest.device)
-            rounds = min(50, int(2 / first)) if first < 2 / 3 else 3 if first < 5 else 1
-            benchmark.pedantic(
-                lambda: side_by_side.timed(contestant.step, next(turn), contest.device),
-                rounds=max(1, rounds),
-            )
+
+        def step() -> float:
+            return side_by_side.timed(contestant.step, next(turn), contest.device)
+
+        first = step()  # the warm-up, and how long it takes
+        rounds = 1 if first > 5 else max(3, min(50, int(2 / first)))
+        benchmark.pedantic(step, rounds=rounds)
         contest.infos[name] = benchmark.extra_info
 
     return compete
