@@ -442,15 +442,16 @@ def _no_flash(device: torch.device, dtype: torch.dtype, p: float, backward: bool
 
 
 @functools.cache
-def _compiled_flex() -> Any:
+def _compiled_flex(device_type: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    # What inductor writes for the CPU does not compile with dynamic shapes (torch 2.13).
+    return torch.compile(flex_attention, dynamic=False if device_type == "cpu" else None)
 
 
 def _flex(batch: Batch, p: float) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in batch.packed.unbind(1))
-    return _compiled_flex()(q, k, v, block_mask=batch.block_mask)[0].transpose(0, 1)
+    return _compiled_flex(q.device.type)(q, k, v, block_mask=batch.block_mask)[0].transpose(0, 1)
 
 
 def _no_flex(device: torch.device, dtype: torch.dtype, p: float, backward: bool) -> list[str]:

@@ -105,21 +105,21 @@ def run(contest: Contest, contestants: dict[str, Contestant], *, rounds: int | N
     """The contest's table. rounds: default as many as fit into `seconds`, at least 3, and at most
     30, or as many as there are inputs."""
     device, limit = contest.device, contest.limit
-    memory, cycle = {}, 0.0
+    memory = {}
     for name, contestant in contestants.items():
         for i in range(contest.warmup - 1):
             contestant.step(i % contest.inputs)
         last = (contest.warmup - 1) % contest.inputs
-        start = time.perf_counter()
         memory[name] = peak_memory_mb(lambda c=contestant, i=last: c.step(i), device)
-        cycle += time.perf_counter() - start
     if limit:
         limit.seconds(0), limit.seconds(contest.inputs - 1)
-    rounds = rounds or max(3, min(max(30, contest.inputs), int(seconds / cycle)))
     times: dict[str, list[float]] = {name: [] for name in contestants}
     kernels = {name: kernel_ms(contest, c) for name, c in contestants.items()}
     ideal: list[float] = []
-    for r in range(rounds):
+    end = time.perf_counter() + seconds
+    for r in range(rounds or max(30, contest.inputs)):
+        if not rounds and r >= 3 and time.perf_counter() > end:
+            break
         i = r % contest.inputs
         for name, contestant in contestants.items():
             times[name].append(timed(contestant.step, i, device))

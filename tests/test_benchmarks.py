@@ -258,6 +258,8 @@ def test_all_take_turns_on_the_same_input():
     assert turns == [(n, r % 3) for r in range(5) for n in (*entrants, "limit")]
     assert [row.contestant for row in found] == [*entrants]
     assert {row.rounds for row in found} == {5}
+    assert side_by_side.run(made, entered, seconds=0.0)[0].rounds == 3  # time or not
+    assert side_by_side.run(made, entered, seconds=60.0)[0].rounds == 30  # enough
 
 
 def test_figures_come_from_medians():
