@@ -51,9 +51,11 @@ static inline void draw_keep(uint8_t* out, uint64_t row0, int rows, uint64_t blo
   }
   // W counters a turn, in two halves: even ones in `a`, odd ones in `b`.
   U64 block_a, block_b, row_a, row_b;
-  for (int i = 0; i < W / 2; i++) {
-    block_a[i] = (2 * i) % blocks, row_a[i] = row0 + (2 * i) / blocks;
-    block_b[i] = (2 * i + 1) % blocks, row_b[i] = row0 + (2 * i + 1) / blocks;
+  uint64_t row = row0;
+  for (int i = 0, block = 0; i < W; i++) {
+    (i & 1 ? block_b : block_a)[i / 2] = block;
+    (i & 1 ? row_b : row_a)[i / 2] = row;
+    if (++block == blocks) block = 0, row++;
   }
   const U64 in_row = U64{} + (uint64_t)blocks, first = U64{} + block0;
   const U64 next_block = U64{} + (uint64_t)(W % blocks), next_row = U64{} + (uint64_t)(W / blocks);

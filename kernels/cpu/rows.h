@@ -7,27 +7,38 @@
 
 namespace FASTTX_ISA {
 
-// Keep bits of one row at a time lie in scratch; columns // 8 counters a row.
-static size_t row_scratch(int64_t columns) { return (columns + LANES - 1) / LANES + DRAW_SLACK + 64; }
+constexpr int DRAWN_ROWS = 16;  // rows whose keep bits are drawn together
 
-// The mask of a row's vectors, or all ones where there is no dropout.
+static size_t row_scratch(int64_t columns) {
+  return DRAWN_ROWS * ((columns + LANES - 1) / LANES) + DRAW_SLACK;
+}
+
+// The dropout mask of one row after another; all ones where there is no dropout.
 struct RowMask {
   Philox philox;
   uint32_t threshold;
   int blocks;
-  uint8_t* keep;
+  uint8_t *keep, *row;
+  int64_t begin = 0, end = 0;  // the rows that `keep` holds
 
   RowMask(const Dropout& dropout, int64_t columns, char* scratch)
       : philox(dropout.seed), threshold(dropout.threshold), blocks((int)((columns + LANES - 1) / LANES)),
-        keep((uint8_t*)scratch) {
-    if (!threshold) memset(keep, 0xFF, row_scratch(columns) - 64);
+        keep((uint8_t*)scratch), row(keep) {
+    if (!threshold) memset(keep, 0xFF, blocks + DRAW_SLACK);
   }
 
-  void draw(int64_t row) {
-    if (threshold) draw_keep(keep, row, 1, 0, blocks, 0, 0, philox, threshold);
+  // Moves to row r; those up to `last` will follow.
+  void move(int64_t r, int64_t last) {
+    if (!threshold) return;
+    if (r < begin || r >= end) {
+      begin = r;
+      end = last - r < DRAWN_ROWS ? last : r + DRAWN_ROWS;
+      draw_keep(keep, begin, (int)(end - begin), 0, blocks, 0, 0, philox, threshold);
+    }
+    row = keep + (r - begin) * blocks;
   }
 
-  F operator()(F x, int64_t column) const { return keep_lanes(x, bits_of(keep, (int)(column / W))); }
+  F operator()(F x, int64_t column) const { return keep_lanes(x, bits_of(row, (int)(column / W))); }
 };
 
 // f(column, lanes) over the vectors of a row.
@@ -45,7 +56,7 @@ static void add_norm_forward(const AddNorm& a, int64_t first, int64_t last, char
   const float scale = a.dropout.scale(), share = 1.0f / a.columns;
   for (int64_t r = first; r < last; r++) {
     const int64_t row = r * a.columns;
-    mask.draw(r);
+    mask.move(r, last);
     F total = {};
     each_vector(a.columns, [&](int64_t c, int n) {
       const F y = load_first(a.y + row + c, n) + load_first(a.bias + c, n);
@@ -89,7 +100,7 @@ static void add_norm_backward(const AddNorm& a, int64_t first, int64_t last, flo
       along += g * x;
     });
     const float m1 = sum(total) * share, m2 = sum(along) * share;
-    mask.draw(r);
+    mask.move(r, last);
     each_vector(a.columns, [&](int64_t c, int n) {
       const F x = (load_first(a.h + row + c, n) - mean) * rstd;
       const F g = load_first(a.dnormed + row + c, n) * load_first(a.gamma + c, n);
@@ -110,7 +121,7 @@ static void bias_act_forward(const BiasAct& a, int64_t first, int64_t last, char
   const float scale = a.dropout.scale();
   for (int64_t r = first; r < last; r++) {
     const int64_t row = r * a.columns;
-    mask.draw(r);
+    mask.move(r, last);
     each_vector(a.columns, [&](int64_t c, int n) {
       const F u = load_first(a.u + row + c, n) + load_first(a.bias + c, n);
       F out;
@@ -133,7 +144,7 @@ static void bias_act_backward(const BiasAct& a, int64_t first, int64_t last, flo
   memset(partial, 0, a.columns * sizeof(float));
   for (int64_t r = first; r < last; r++) {
     const int64_t row = r * a.columns;
-    if (a.gelu) mask.draw(r);  // what relu let through shows in its output
+    if (a.gelu) mask.move(r, last);  // what relu let through shows in its output
     each_vector(a.columns, [&](int64_t c, int n) {
       F du = load_first(a.dout + row + c, n) * scale;
       if (a.gelu) {
@@ -158,7 +169,7 @@ static void embed_forward(const Embed& a, int64_t first, int64_t last, char* scr
   for (int64_t r = first; r < last; r++) {
     const float* word = a.table + a.ids[r] * a.columns;
     const float* place = a.positions + (int64_t)a.position_ids[r] * a.columns;
-    mask.draw(r);
+    mask.move(r, last);
     each_vector(a.columns, [&](int64_t c, int n) {
       const F h = load_first(word + c, n) * a.scale + load_first(place + c, n);
       store_first(a.h + r * a.columns + c, mask(h * scale, c), n);
@@ -174,7 +185,7 @@ static void embed_backward(const Embed& a, int64_t remainder, int64_t divisor, c
   for (int64_t r = 0; r < a.rows; r++) {
     if (a.ids[r] % divisor != remainder) continue;
     float* to = a.dtable + a.ids[r] * a.columns;
-    mask.draw(r);
+    mask.move(r, r + 1);
     each_vector(a.columns, [&](int64_t c, int n) {
       const F dh = mask(load_first(a.dh + r * a.columns + c, n) * scale, c);
       store_first(to + c, load_first(to + c, n) + dh, n);
