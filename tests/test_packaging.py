@@ -32,6 +32,8 @@ FOLDERS = ("fasttx", "kernels", "tests", "benchmarks", "docs")
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "Makefile",
          "constraints.txt", "train.py")  # fmt: skip
 
+COMPILER = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+
 # Run in each environment. What a plain install does not bring cannot be imported there.
 PROBE = """
 import sys
@@ -74,7 +76,7 @@ def kernel_leaves(root: Path) -> list[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")
     for name in FOLDERS:
-        ignored = shutil.ignore_patterns("__pycache__")
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     for name in FILES:
         if (ROOT / name).exists():  # a source distribution lacks a few
@@ -164,7 +166,9 @@ def test_wheel_carries_the_library_and_nothing_else(
         files = (f for f in folder.iterdir() if f.suffix in {".py", ".metal", ".cpp", ".h"})
         sources |= {f"fasttx/kernels/{folder.name}/{f.name}" for f in files}
     packaged = {n for n in names if n.startswith("fasttx/")}
-    assert packaged == sources | {"fasttx/py.typed"}
+    library = {"fasttx/kernels/cpu/_native.so"} if COMPILER else set()
+    assert packaged == sources | library | {"fasttx/py.typed"}
+    assert "-py3-none-" in distributions[1].name  # one for every Python of the platform
     assert "fasttx/kernels/probe/probe.metal" in packaged
     assert f"{info}/licenses/LICENSE" in names or f"{info}/LICENSE" in names
 
@@ -175,8 +179,10 @@ def test_source_distribution_is_the_checkout(
     with tarfile.open(distributions[0]) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     files = [p.relative_to(checkout) for p in checkout.rglob("*") if p.is_file()]
-    made = {"__pycache__", "fasttx.egg-info"}
-    assert {f.as_posix() for f in files if not made & set(f.parts)} <= names
+    made = {"__pycache__", "fasttx.egg-info", "build"}
+    expected = {f.as_posix() for f in files if not made & set(f.parts) and f.suffix != ".so"}
+    assert expected <= names
+    assert not [n for n in names if n.endswith(".so")]
 
 
 def test_plain_install_asks_for_torch_and_numpy_alone(metadata: Message) -> None:
@@ -239,6 +245,38 @@ def test_console_script(way: str, request: pytest.FixtureRequest, tmp_path: Path
 
     environment: Environment = request.getfixturevalue(way)
     assert __version__ in run(environment.scripts / "fasttx", "--version", cwd=tmp_path)
+
+
+CPU_BACKEND = """
+import torch, fasttx.attention.registry as registry
+print(registry.BACKENDS["cpu"].unavailable_reasons("cpu", torch.float32, 32))
+print(registry.resolve_name("auto", "cpu", torch.float32, 32))
+"""
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler here: the kernels are not built")
+@pytest.mark.parametrize("way", ["editable", "from_wheel"])
+def test_an_install_builds_the_cpu_kernels(
+    way: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    environment: Environment = request.getfixturevalue(way)
+    reasons, chosen = run(environment.python, "-I", "-c", CPU_BACKEND, cwd=tmp_path).splitlines()
+    assert (reasons, chosen) == ("[]", "cpu")
+
+
+def test_an_install_without_a_compiler_succeeds_and_says_so(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    sources = tmp_path / "checkout"
+    shutil.copytree(checkout, sources, ignore=shutil.ignore_patterns("build", "*.so", "*.egg-info"))
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "no-such-compiler")
+    environment = Environment(tmp_path_factory.mktemp("no_compiler"))
+    environment.install(sources)
+    reasons, chosen = run(environment.python, "-I", "-c", CPU_BACKEND, cwd=tmp_path).splitlines()
+    assert "install a C++ compiler" in reasons
+    assert chosen == "sdpa"
 
 
 # --- Hugging Face's `kernels` ---------------------------------------------------------------------
