@@ -1,4 +1,4 @@
-"""Fused attention and row operations on the CPU: the C++ kernels of `kernels/cpu` as torch operators.
+"""Fused attention and row operations on the CPU: the C++ of `kernels/cpu` as torch operators.
 
 T rows, B sequences, H heads, D head_dim. The kernels compute in float32. 16-bit tensors (also what
 autocast hands in) are widened on the way in and rounded on the way out.
@@ -7,6 +7,8 @@ autocast hands in) are widened on the way in and rounded on the way out.
 from __future__ import annotations
 
 import ctypes
+import importlib
+import re
 from typing import Any
 
 import torch
@@ -18,19 +20,21 @@ from fasttx.rowops import ACTIVATIONS, LAYER_NORM_EPS, RowOps
 MAX_HEAD_DIM = 128
 
 
-def unavailable_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    from fasttx.kernels import cpu as kernels
+def _kernels() -> Any:
+    return importlib.import_module("fasttx.kernels.cpu")
 
-    reasons = []
+
+def unavailable_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    kernels, reasons = _kernels(), []
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim {head_dim}: the kernels go up to {MAX_HEAD_DIM}; use more heads")
     if kernels.library_path() is None:
-        return [
-            *reasons,
-            "its C++ library was not built: install a C++ compiler (Debian: apt install g++; macOS: "
-            "xcode-select --install), then pip install -e . in the checkout "
-            "(or pip install --force-reinstall --no-binary fasttx fasttx)",
-        ]
+        reasons.append(
+            "its C++ library was not built: install a C++ compiler (Debian: apt install g++; "
+            "macOS: xcode-select --install), then pip install --force-reinstall --no-deps fasttx, "
+            "or in a checkout pip install -e ."
+        )
+        return reasons
     try:
         kernels.library()
     except OSError as error:
@@ -38,34 +42,31 @@ def unavailable_reasons(device: torch.device, dtype: torch.dtype, head_dim: int)
     return reasons
 
 
-# ---- operators ------------------------------------------------------------------------------------
+# --- operators ------------------------------------------------------------------------------------
 # Defined on torch's dispatcher, so that autograd, torch.compile and tracing see through them. The
 # implementations below get real CPU tensors only.
 
 _operators = torch.library.Library("fasttx", "FRAGMENT")
 _ops = torch.ops.fasttx
 
+# DROPOUT and SPANS stand for the arguments below; T? is a tensor or None.
 _DROPOUT = "Tensor? seed, int threshold"
 _SPANS = f"Tensor starts, Tensor lens, {_DROPOUT}, bool causal, float scale"
-_SCHEMAS = (
-    f"cpu_attention(Tensor qkv, {_SPANS}) -> (Tensor, Tensor)",
-    f"cpu_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_SPANS}) -> Tensor",
-    f"cpu_attention_qkv(Tensor q, Tensor k, Tensor v, {_SPANS}) -> (Tensor, Tensor)",
-    "cpu_attention_qkv_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SPANS}) -> (Tensor, Tensor, Tensor)",
-    "cpu_add_norm(Tensor h, Tensor y, Tensor bias, Tensor gamma, Tensor beta, "
-    f"{_DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "cpu_add_norm_backward(Tensor? dsum, Tensor dnormed, Tensor sum, Tensor gamma, Tensor mean, "
-    f"Tensor rstd, {_DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"cpu_bias_act(Tensor u, Tensor bias, {_DROPOUT}, bool gelu) -> Tensor",
-    "cpu_bias_act_backward(Tensor dout, Tensor? u, Tensor? bias, Tensor? out, "
-    f"{_DROPOUT}, bool gelu) -> (Tensor, Tensor)",
-    "cpu_embed(Tensor ids, Tensor position_ids, Tensor table, Tensor positions, "
-    f"{_DROPOUT}) -> Tensor",
-    f"cpu_embed_backward(Tensor dh, Tensor ids, SymInt vocabulary, {_DROPOUT}) -> Tensor",
-)
-for _schema in _SCHEMAS:
-    _operators.define(_schema)
+_SCHEMAS = """
+cpu_attention(T qkv, SPANS) -> (T, T)
+cpu_attention_backward(T dout, T qkv, T out, T lse, SPANS) -> T
+cpu_attention_qkv(T q, T k, T v, SPANS) -> (T, T)
+cpu_attention_qkv_backward(T dout, T q, T k, T v, T out, T lse, SPANS) -> (T, T, T)
+cpu_add_norm(T h, T y, T bias, T gamma, T beta, DROPOUT) -> (T, T, T, T)
+cpu_add_norm_backward(T? dsum, T dnormed, T h, T gamma, T mean, T rstd, DROPOUT) -> (T, T, T, T, T)
+cpu_bias_act(T u, T bias, DROPOUT, bool gelu) -> T
+cpu_bias_act_backward(T dout, T? u, T? bias, T? out, DROPOUT, bool gelu) -> (T, T)
+cpu_embed(T ids, T position_ids, T table, T positions, DROPOUT) -> T
+cpu_embed_backward(T dh, T ids, SymInt vocabulary, DROPOUT) -> T
+"""
+for _schema in _SCHEMAS.strip().splitlines():
+    _schema = re.sub(r"\bT\b", "Tensor", _schema)
+    _operators.define(_schema.replace("DROPOUT", _DROPOUT).replace("SPANS", _SPANS))
 
 
 def _implement(name: str) -> Any:
@@ -79,8 +80,7 @@ def _fake(name: str) -> Any:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    from fasttx.kernels import cpu as kernels
-
+    kernels = _kernels()
     code = getattr(kernels.library(), f"fasttx_{name}")(*arguments, torch.get_num_threads())
     if code == kernels.NO_MEMORY:
         raise MemoryError(f"{name}: no memory for the scratch space of a thread")
@@ -109,8 +109,7 @@ def _attention(
     name: str, tensors: dict[str, Tensor], lse: Tensor, starts: Tensor, lens: Tensor,
     seed: Tensor | None, threshold: int, causal: bool, scale: float,
 ) -> None:  # fmt: skip
-    from fasttx.kernels import cpu as kernels
-
+    kernels = _kernels()
     views = kernels.Tensors(**{key: kernels.view(x) for key, x in tensors.items()})
     starts, lens = starts.to(torch.int32).contiguous(), lens.to(torch.int32).contiguous()
     rows, heads, head_dim = tensors["q"].shape
@@ -152,11 +151,10 @@ def _attention_qkv_backward(
 
 
 @_implement("cpu_attention_backward")
-def _attention_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any
-) -> Tensor:
+def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Tensor:
     dqkv = qkv.new_empty(qkv.shape)
-    _attention_gradients(dout, *qkv.unbind(1), out, lse, dqkv.unbind(1), *rest)
+    q, k, v = qkv.unbind(1)
+    _attention_gradients(dout, q, k, v, out, lse, dqkv.unbind(1), *rest)
     return dqkv
 
 
@@ -248,7 +246,7 @@ def _addresses(*tensors: Tensor | None) -> list[int | None]:
     return [None if x is None else x.data_ptr() for x in tensors]
 
 
-# ---- shapes, for tensors without data -------------------------------------------------------------
+# --- shapes, for tensors without data -------------------------------------------------------------
 
 
 @_fake("cpu_attention")
@@ -281,9 +279,7 @@ def _fake_add_norm(h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 @_fake("cpu_add_norm_backward")
-def _fake_add_norm_backward(
-    dsum: Tensor | None, dnormed: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+def _fake_add_norm_backward(dsum: Tensor | None, dnormed: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     shape = dnormed.shape
     vectors = (dnormed.new_empty(shape[1]) for _ in range(3))
     return (dnormed.new_empty(shape), dnormed.new_empty(shape), *vectors)
@@ -309,7 +305,7 @@ def _fake_embed_backward(dh: Tensor, ids: Tensor, vocabulary: int, *rest: Any) -
     return dh.new_empty(vocabulary, dh.shape[1])
 
 
-# ---- gradients -------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def _differentiate(name: str, setup: Any) -> Any:
@@ -395,7 +391,7 @@ def _(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
     return None, None, dtable, None, None, None
 
 
-# ---- the adapter -----------------------------------------------------------------------------------
+# --- the adapter ----------------------------------------------------------------------------------
 
 
 def _draw(p: float, seed: Tensor | None) -> tuple[Tensor | None, int]:

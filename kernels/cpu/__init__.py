@@ -26,9 +26,7 @@ class View(ctypes.Structure):
 class Tensors(ctypes.Structure):
     """What attention reads and writes; a forward pass leaves the gradients empty."""
 
-    _fields_ = tuple(
-        (name, View) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-    )
+    _fields_ = tuple((name, View) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
 
 
 _P, _I, _L, _F, _U = (
@@ -56,7 +54,7 @@ def library_path() -> Path | None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, its threads those of torch. Raises OSError where it is not there or not sound."""
+    """The library, with torch's threads. Raises OSError where it is not there or does not load."""
     path = library_path()
     if path is None:
         raise OSError(f"no library was built in {HERE}")
@@ -134,8 +132,6 @@ def keep_mask(
     """(rows, columns) bool: the kernels' own dropout mask at counters (column // 8, row, ...)."""
     blocks = -(-columns // 8)
     out = torch.empty(rows, blocks, dtype=torch.uint8)
-    library().fasttx_keep(
-        out.data_ptr(), row0, rows, 0, blocks, head, sequence, seed, threshold
-    )
+    library().fasttx_keep(out.data_ptr(), row0, rows, 0, blocks, head, sequence, seed, threshold)
     bits = (out[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return bits.flatten(1)[:, :columns].bool()
