@@ -6,7 +6,9 @@ in float64 it is the oracle, in the dtype under test it says which error is to b
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,6 +176,14 @@ EMPTY_CASES = (
 BY_NAME = {case.name: case for case in (*CASES, *EMPTY_CASES)}
 
 # ---------------------------------------------------------------------------------------- backends
+
+
+# Under Triton's interpreter its kernels take tensors of the CPU, and there the tests find them.
+# It computes products of bfloat16 wrongly (triton-lang/triton#11584), so these are left out.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS["triton"] = dataclasses.replace(
+        BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float32, torch.float16)
+    )
 
 
 def _devices() -> list[str]:

@@ -73,6 +73,14 @@ BACKENDS: dict[str, Backend] = {
             "shared",
         ),
         Backend(
+            "triton",
+            "fasttx.attention.triton",
+            "fused kernels for variable lengths, written in Triton",
+            ("cuda",),
+            (torch.float32, torch.bfloat16, torch.float16),
+            "shared",
+        ),
+        Backend(
             "sdpa",
             "fasttx.attention.sdpa",
             "torch.nn.functional.scaled_dot_product_attention, without padded work on the CPU",

@@ -1,0 +1,178 @@
+"""Attention backward in one launch, without atomics: every output is written by one program.
+
+T rows, B sequences, H heads, D head_dim (padded to BLOCK_D inside). Per head, with Z the dropout
+factors: P = softmax(scale Q K'), O = (P o Z) V, and so (FlashAttention-2, Dao 2023, section 3.1)
+
+    dV = (P o Z)' dO    dS = P o (Z o (dO V') - delta)    dK = scale dS' Q    dQ = scale dS K
+
+with delta = rowsum(dO o O), P recomputed from lse, the mask drawn again. Tiles are keys x queries,
+so that P' and dS' are first operands of a product straight from registers.
+"""
+
+import triton
+import triton.language as tl
+from fasttx.kernels.triton.device import (
+    DEAD_ROWS,
+    attention_keep,
+    clear_rows,
+    dead_rows,
+    load_rows,
+    store_rows,
+)
+from fasttx.kernels.triton.forward import SIZES
+
+
+@triton.jit
+def _weights_and_gradients(
+    q_tile, k_tile, v_tile, grad_tile, lse_row, delta, queries, keys, length, seed, sequence, head,
+    first_query, first_key, qk_scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, BLOCK_M) each: P' with what was dropped at 0, and dS'."""
+    scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * qk_scale
+    allowed = (keys < length)[:, None] & (queries < length)[None, :]
+    if CAUSAL:
+        allowed = allowed & (keys[:, None] <= queries[None, :])
+    # Masked again, and not only by zeros in k: 2^(0 - lse) may be infinite, and inf * 0 is NaN.
+    p = tl.exp2(tl.where(allowed, scores - lse_row[None, :], float("-inf")))
+    dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+    dropped = p
+    if DROPOUT:
+        keep = tl.trans(
+            attention_keep(
+                tl.load(seed), sequence, head, first_query, first_key, threshold, BLOCK_M, BLOCK_N
+            )
+        )
+        dropped = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return dropped, p * (dp - delta[None, :])
+
+
+@triton.jit
+def _keys(
+    q, k, v, out, lse, grad, dq, dk, dv, seed, sequence, head, first_key, length,
+    q_row, k_row, v_row, out_row, grad_row, dq_row, dk_row, dv_row,
+    qk_scale, scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_N keys; where these are all keys (WHOLE) also every dQ."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    k_tile = load_rows(k, keys, k_row, length, D, BLOCK_D)
+    v_tile = load_rows(v, keys, v_row, length, D, BLOCK_D)
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    begin = 0
+    if CAUSAL:
+        begin = first_key // BLOCK_M * BLOCK_M
+    for first_query in range(begin, length, BLOCK_M):
+        queries = first_query + tl.arange(0, BLOCK_M)
+        q_tile = load_rows(q, queries, q_row, length, D, BLOCK_D)
+        grad_tile = load_rows(grad, queries, grad_row, length, D, BLOCK_D)
+        out_tile = load_rows(out, queries, out_row, length, D, BLOCK_D)
+        lse_row = tl.load(lse + queries, mask=queries < length, other=0.0)
+        delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
+        p, ds = _weights_and_gradients(
+            q_tile, k_tile, v_tile, grad_tile, lse_row, delta, queries, keys, length, seed,
+            sequence, head, first_query, first_key, qk_scale, threshold, keep_scale,
+            CAUSAL, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        ds = ds.to(q_tile.dtype)
+        dv_tile = tl.dot(p.to(grad_tile.dtype), grad_tile, dv_tile, input_precision=PRECISION)
+        dk_tile = tl.dot(ds, q_tile, dk_tile, input_precision=PRECISION)
+        if WHOLE:
+            dq_tile = tl.dot(tl.trans(ds), k_tile, input_precision=PRECISION) * scale
+            store_rows(dq, dq_tile, queries, dq_row, length, D, BLOCK_D)
+    store_rows(dk, dk_tile * scale, keys, dk_row, length, D, BLOCK_D)
+    store_rows(dv, dv_tile * keep_scale, keys, dv_row, length, D, BLOCK_D)
+
+
+@triton.jit
+def _queries(
+    q, k, v, out, lse, grad, dq, seed, sequence, head, first_query, length,
+    q_row, k_row, v_row, out_row, grad_row, dq_row, qk_scale, scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of BLOCK_M queries."""
+    queries = first_query + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(q, queries, q_row, length, D, BLOCK_D)
+    grad_tile = load_rows(grad, queries, grad_row, length, D, BLOCK_D)
+    out_tile = load_rows(out, queries, out_row, length, D, BLOCK_D)
+    lse_row = tl.load(lse + queries, mask=queries < length, other=0.0)
+    delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
+    dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    end = length
+    if CAUSAL:
+        end = tl.minimum(length, first_query + BLOCK_M)
+    for first_key in range(0, end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k, keys, k_row, length, D, BLOCK_D)
+        v_tile = load_rows(v, keys, v_row, length, D, BLOCK_D)
+        _, ds = _weights_and_gradients(
+            q_tile, k_tile, v_tile, grad_tile, lse_row, delta, queries, keys, length, seed,
+            sequence, head, first_query, first_key, qk_scale, threshold, keep_scale,
+            CAUSAL, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        ds = tl.trans(ds.to(k_tile.dtype))
+        dq_tile = tl.dot(ds, k_tile, dq_tile, input_precision=PRECISION)
+    store_rows(dq, dq_tile * scale, queries, dq_row, length, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward(
+    q, k, v, out, lse, grad, dq, dk, dv, seq_starts, seq_lens, seed,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, grad_row, grad_head,
+    dq_row, dk_row, dv_row,
+    sequences, heads, total, max_seqlen, qk_scale, scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Programs in order: blocks of keys, blocks of queries (unless WHOLE), rows to clear."""
+    program = tl.program_id(0)
+    key_blocks = tl.cdiv(max_seqlen, BLOCK_N)
+    blocks = key_blocks
+    if not WHOLE:
+        blocks += tl.cdiv(max_seqlen, BLOCK_M)
+    clearing = program - blocks * heads * sequences
+    if clearing >= 0:
+        rows, dead = dead_rows(
+            clearing * DEAD_ROWS, total, seq_starts, seq_lens, sequences, max_seqlen
+        )
+        clear_rows(dq, rows, dead, dq_row, heads * D)
+        clear_rows(dk, rows, dead, dk_row, heads * D)
+        clear_rows(dv, rows, dead, dv_row, heads * D)
+        return
+    sequence = program // (blocks * heads)
+    head = program // blocks % heads
+    block = program % blocks
+    length = tl.minimum(tl.load(seq_lens + sequence), max_seqlen)
+    start = tl.load(seq_starts + sequence).to(tl.int64)
+    wide = head.to(tl.int64)
+    q += start * q_row + wide * q_head
+    k += start * k_row + wide * k_head
+    v += start * v_row + wide * v_head
+    out += start * out_row + wide * D
+    lse += wide * total + start
+    grad += start * grad_row + wide * grad_head
+    dq += start * dq_row + wide * D
+    dk += start * dk_row + wide * D
+    dv += start * dv_row + wide * D
+    if block < key_blocks:
+        if block * BLOCK_N < length:
+            _keys(
+                q, k, v, out, lse, grad, dq, dk, dv, seed, sequence, head, block * BLOCK_N, length,
+                q_row, k_row, v_row, out_row, grad_row, dq_row, dk_row, dv_row,
+                qk_scale, scale, threshold, keep_scale,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION, WHOLE,
+            )  # fmt: skip
+    else:
+        first_query = (block - key_blocks) * BLOCK_M
+        if first_query < length:
+            _queries(
+                q, k, v, out, lse, grad, dq, seed, sequence, head, first_query, length,
+                q_row, k_row, v_row, out_row, grad_row, dq_row,
+                qk_scale, scale, threshold, keep_scale,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION,
+            )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Which tile each attention kernel runs with: a static table, no measuring at run time.
+
+Autotuning would pick differently from run to run, which changes rounding, and cannot run while a
+CUDA graph is captured. `python -m fasttx.kernels.triton.tune` measures the candidates on a GPU and
+prints this table anew; `docs/kernels-triton.md` says why each entry is what it is.
+"""
+
+from typing import NamedTuple
+
+HEAD_DIMS = (16, 32, 64, 128)  # others are padded to the next inside the kernel
+
+
+class Tile(NamedTuple):
+    """BLOCK_M queries by BLOCK_N keys. whole: BLOCK_N covers every key of a sequence."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    whole: bool
+
+
+# (bits of the dtype, padded head_dim) -> the longest max_seqlen that whole rows serve, the tile's
+# queries and warps there; and the tile beyond: queries, keys, warps, stages.
+_FORWARD = {
+    (16, 16): (256, 64, 4, (128, 64, 4, 2)),
+    (16, 32): (256, 64, 4, (128, 64, 4, 2)),
+    (16, 64): (256, 64, 4, (128, 64, 4, 2)),
+    (16, 128): (128, 64, 4, (128, 64, 8, 2)),
+    (32, 16): (64, 32, 4, (32, 64, 4, 1)),
+    (32, 32): (64, 32, 4, (32, 64, 4, 1)),
+    (32, 64): (64, 32, 4, (32, 32, 4, 1)),
+    (32, 128): (32, 32, 4, (32, 32, 4, 1)),
+}
+_BACKWARD = {
+    (16, 16): (256, 64, 8, (64, 64, 4, 1)),
+    (16, 32): (256, 32, 8, (64, 64, 4, 1)),
+    (16, 64): (128, 64, 8, (64, 64, 4, 1)),
+    (16, 128): (64, 64, 8, (64, 64, 8, 1)),
+    (32, 16): (64, 32, 4, (32, 32, 4, 1)),
+    (32, 32): (64, 32, 4, (32, 32, 4, 1)),
+    (32, 64): (32, 32, 4, (32, 32, 4, 1)),
+    (32, 128): (32, 32, 8, (32, 32, 8, 1)),
+}
+SMALLEST = 16  # the least that a matrix product takes along each dimension
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The smallest of HEAD_DIMS that holds head_dim."""
+    return max(SMALLEST, power_of_two(head_dim))
+
+
+def tile(kernel: str, bits: int, head_dim: int, max_seqlen: int) -> Tile:
+    """The tile of "forward" or "backward" for a dtype of so many bits."""
+    table = _FORWARD if kernel == "forward" else _BACKWARD
+    longest, block_m, warps, beyond = table[bits, padded_head_dim(head_dim)]
+    if max_seqlen > longest:
+        return Tile(*beyond, whole=False)
+    block_n = max(SMALLEST, power_of_two(max_seqlen))
+    # A tile smaller than this one leaves warps without work.
+    if block_n < 64:
+        warps = min(warps, 4 if block_n == 32 else 2)
+    return Tile(min(block_m, block_n), block_n, warps, 1, whole=True)
