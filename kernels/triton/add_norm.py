@@ -99,7 +99,8 @@ def add_norm_backward(
     tl.store(sums + 2 * D, dbeta, mask=inside)
 
 
-def _tile(columns: int) -> dict[str, int]:
+def tile(columns: int, kernel: str = "") -> dict[str, int]:
+    """The compile-time part of a launch; both kernels take the same."""
     width = max(SMALLEST, power_of_two(columns))
     rows = max(1, 2048 // width)
     return {"D": columns, "ROWS": rows, "COLUMNS": width, "num_warps": 4 if width <= 2048 else 8}
@@ -132,12 +133,12 @@ def add_norm(
     outs = _fake_forward(h, y)
     if h.numel():
         h, y = dense(h), dense(y)
-        tile = _tile(h.shape[1])
+        sizes = tile(h.shape[1])
         with torch.cuda.device_of(h):
-            add_norm_forward[(triton.cdiv(len(h), tile["ROWS"]),)](
+            add_norm_forward[(triton.cdiv(len(h), sizes["ROWS"]),)](
                 h, y, bias.contiguous(), gamma.contiguous(), beta.contiguous(), seed, *outs,
                 h.stride(0), y.stride(0), len(h), threshold, keep_scale(threshold), eps,
-                DROPOUT=threshold > 0, **tile,
+                DROPOUT=threshold > 0, **sizes,
             )  # fmt: skip
     return outs
 
@@ -165,8 +166,8 @@ def add_norm_gradients(
     if not h_out.numel():
         return dh, dy, sums.zero_()
     rows, columns = h_out.shape
-    tile = _tile(columns)
-    programs = min(PARTIAL_SUMS, triton.cdiv(rows, tile["ROWS"]))
+    sizes = tile(columns)
+    programs = min(PARTIAL_SUMS, triton.cdiv(rows, sizes["ROWS"]))
     partial = sums.new_empty((programs, *sums.shape))
     grads = [None if grad is None else dense(grad) for grad in (grad_h, grad_n)]
     strides = [0 if grad is None else grad.stride(0) for grad in grads]
@@ -174,7 +175,7 @@ def add_norm_gradients(
         add_norm_backward[(programs,)](
             *grads, h_out, gamma.contiguous(), mean, rstd, seed, dh, dy, partial, *strides,
             rows, threshold, keep_scale(threshold),
-            DROPOUT=threshold > 0, HAS_H=grad_h is not None, HAS_N=grad_n is not None, **tile,
+            DROPOUT=threshold > 0, HAS_H=grad_h is not None, HAS_N=grad_n is not None, **sizes,
         )  # fmt: skip
     return dh, dy, partial.sum(0)
 

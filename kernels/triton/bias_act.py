@@ -80,7 +80,8 @@ def bias_act_backward(
     tl.store(sums + program.to(tl.int64) * D + column, dbias, mask=column < D)
 
 
-def _tile(columns: int) -> dict[str, int]:
+def tile(columns: int, kernel: str = "") -> dict[str, int]:
+    """The compile-time part of a launch; both kernels take the same."""
     width = min(256, max(SMALLEST, power_of_two(columns)))
     return {"D": columns, "ROWS": 2048 // width, "COLUMNS": width, "num_warps": 4}
 
@@ -99,12 +100,12 @@ def bias_act(u: Tensor, bias: Tensor, threshold: int, seed: Tensor | None, gelu:
     if u.numel():
         u = dense(u)
         rows, columns = u.shape
-        tile = _tile(columns)
-        grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"]))
+        sizes = tile(columns)
+        grid = (triton.cdiv(rows, sizes["ROWS"]), triton.cdiv(columns, sizes["COLUMNS"]))
         with torch.cuda.device_of(u):
             bias_act_forward[grid](
                 u, bias.contiguous(), seed, out, u.stride(0), rows, threshold,
-                keep_scale(threshold), DROPOUT=threshold > 0, GELU=gelu, **tile,
+                keep_scale(threshold), DROPOUT=threshold > 0, GELU=gelu, **sizes,
             )  # fmt: skip
     return out
 
@@ -127,13 +128,13 @@ def bias_act_gradients(
         return du, sums.zero_()
     grad, u = dense(grad), dense(u)
     rows, columns = u.shape
-    tile = _tile(columns)
-    programs = min(PARTIAL_SUMS, triton.cdiv(rows, tile["ROWS"]))
+    sizes = tile(columns)
+    programs = min(PARTIAL_SUMS, triton.cdiv(rows, sizes["ROWS"]))
     partial = sums.new_empty((programs, columns))
     with torch.cuda.device_of(u):
-        bias_act_backward[(programs, triton.cdiv(columns, tile["COLUMNS"]))](
+        bias_act_backward[(programs, triton.cdiv(columns, sizes["COLUMNS"]))](
             grad, u, bias.contiguous(), seed, du, partial, grad.stride(0), u.stride(0), rows,
-            threshold, keep_scale(threshold), DROPOUT=threshold > 0, GELU=gelu, **tile,
+            threshold, keep_scale(threshold), DROPOUT=threshold > 0, GELU=gelu, **sizes,
         )  # fmt: skip
     return du, partial.sum(0)
 

@@ -71,9 +71,11 @@ def embed_backward(
     tl.store(at, (sum_ * scale).to(dtable.dtype.element_ty), mask=inside)
 
 
-def _tile(columns: int, elements: int) -> dict[str, int]:
+def tile(columns: int, kernel: str) -> dict[str, int]:
+    """The compile-time part of a launch. The backward pass gathers rows from all over, so it takes
+    more of them at a time."""
     width = min(256, max(SMALLEST, power_of_two(columns)))
-    rows = min(32, elements // width)
+    rows = min(32, (8192 if kernel == "embed_backward" else 2048) // width)
     return {"D": columns, "ROWS": rows, "COLUMNS": width, "num_warps": 4}
 
 
@@ -106,13 +108,13 @@ def embed(
     if out.numel():
         table, pe = dense(table), dense(pe)
         rows, columns = out.shape
-        tile = _tile(columns, 2048)
-        grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"]))
+        sizes = tile(columns, "embed_forward")
+        grid = (triton.cdiv(rows, sizes["ROWS"]), triton.cdiv(columns, sizes["COLUMNS"]))
         with torch.cuda.device_of(table):
             embed_forward[grid](
                 ids.contiguous(), position_ids.contiguous(), table, pe, seed, out,
                 table.stride(0), pe.stride(0), rows, len(table), len(pe), threshold,
-                keep_scale(threshold), math.sqrt(columns), DROPOUT=threshold > 0, **tile,
+                keep_scale(threshold), math.sqrt(columns), DROPOUT=threshold > 0, **sizes,
             )  # fmt: skip
     return out
 
@@ -134,11 +136,11 @@ def embed_gradient(
     ends = torch.searchsorted(
         sorted_ids, torch.arange(vocabulary + 1, device=ids.device, dtype=ids.dtype)
     )
-    tile = _tile(columns, 8192)
+    sizes = tile(columns, "embed_backward")
     with torch.cuda.device_of(table):
-        embed_backward[(vocabulary, triton.cdiv(columns, tile["COLUMNS"]))](
+        embed_backward[(vocabulary, triton.cdiv(columns, sizes["COLUMNS"]))](
             grad, order, ends, seed, dtable, grad.stride(0), threshold, keep_scale(threshold),
-            math.sqrt(columns), DROPOUT=threshold > 0, **tile,
+            math.sqrt(columns), DROPOUT=threshold > 0, **sizes,
         )  # fmt: skip
     return dtable
 

@@ -1,0 +1,265 @@
+"""Compiles the kernels ahead of time for GPUs that need not be there, and reports what they use.
+
+    python -m fasttx.kernels.triton.aot [--all] [--target sm_90 ...] [--markdown FILE]
+
+By default the default model's configurations; with --all every one that the tables can ask for.
+Exits with 1 where a kernel asks for more shared memory than its chip has, or spills where the
+tables promise that it does not. Needs no GPU: Triton carries the assemblers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fasttx.kernels.triton import tiles
+
+# name -> (backend, architecture, warp size, shared memory of one block in bytes)
+TARGETS: dict[str, tuple[str, Any, int, int]] = {
+    "sm_80": ("cuda", 80, 32, 163 * 1024),
+    "sm_90": ("cuda", 90, 32, 227 * 1024),
+    "sm_100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
+
+# The type of each argument by its name; what is not here is a pointer to the kernel's dtype.
+_TYPES = {
+    **dict.fromkeys(("lse", "mean_out", "rstd_out", "mean_in", "rstd_in", "sums"), "*fp32"),
+    **dict.fromkeys(("seq_starts", "seq_lens", "position_ids"), "*i32"),
+    **dict.fromkeys(("seed", "ids", "order", "ends"), "*i64"),
+    **dict.fromkeys(("sequences", "heads", "total", "max_seqlen", "rows", "vocabulary"), "i32"),
+    **dict.fromkeys(("positions", "threshold"), "i32"),
+    **dict.fromkeys(("qk_scale", "scale", "keep_scale", "eps"), "fp32"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One kernel as one launch compiles it."""
+
+    module: str
+    kernel: str
+    dtype: str
+    constants: tuple[tuple[str, Any], ...]  # its tl.constexpr arguments
+    num_warps: int
+    num_stages: int = 3
+
+    @property
+    def may_spill(self) -> bool:
+        """Registers may spill to memory in fp32, and above head_dim 64; else they must not."""
+        constants = dict(self.constants)
+        return self.dtype == "fp32" or constants.get("BLOCK_D", 0) > 64
+
+    def __str__(self) -> str:
+        flags = [name.lower() for name, value in self.constants if value is True]
+        sizes = [f"{name}={value}" for name, value in self.constants if type(value) is int]
+        precision = [value for _, value in self.constants if value == "tf32"]
+        return " ".join([self.kernel, self.dtype, *precision, *sizes, *flags])
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes: registers of a thread, bytes of shared memory of a block, bytes
+    of stack of a thread (more than 0: registers were spilled)."""
+
+    registers: int
+    shared: int
+    stack: int
+
+
+def attention(
+    kernel: str, dtype: str, head_dim: int, max_seqlen: int, causal: bool, dropout: bool,
+    precision: str = "ieee",
+) -> Configuration:  # fmt: skip
+    """What the launcher in attention.py asks for."""
+    tile = tiles.tile(kernel, BITS[dtype], head_dim, max_seqlen)
+    name = {"backward": "backward"}.get(
+        kernel, "forward_whole_rows" if tile.whole else "forward_online"
+    )
+    constants = {
+        "D": head_dim, "BLOCK_D": tiles.padded_head_dim(head_dim),
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "CAUSAL": causal, "DROPOUT": dropout, "PRECISION": precision,
+    }  # fmt: skip
+    if kernel == "backward":
+        constants["WHOLE"] = tile.whole
+    return Configuration(
+        kernel, name, dtype, tuple(constants.items()), tile.num_warps, tile.num_stages
+    )
+
+
+def row_operation(kernel: str, dtype: str, columns: int, dropout: bool) -> Configuration:
+    """What the launchers of add_norm.py, bias_act.py and embed.py ask for."""
+    module = kernel.removesuffix("_forward").removesuffix("_backward")
+    constants = importlib.import_module(f"fasttx.kernels.triton.{module}").tile(columns, kernel)
+    warps = constants.pop("num_warps")
+    constants["DROPOUT"] = dropout
+    if module == "bias_act":
+        constants["GELU"] = False
+    if kernel == "add_norm_backward":
+        constants |= {"HAS_H": True, "HAS_N": True}
+    return Configuration(module, kernel, dtype, tuple(constants.items()), warps)
+
+
+ROW_KERNELS = tuple(
+    f"{name}_{way}" for name in ("add_norm", "bias_act", "embed") for way in ("forward", "backward")
+)
+
+
+def default_model() -> Iterator[Configuration]:
+    """Training and inference of the default model (head_dim 32, 256 tokens), and one configuration
+    for each other axis: dtype, head_dim, length, causal, precision."""
+    for kernel in ("forward", "backward"):
+        for dropout in (True, False):
+            yield attention(kernel, "bf16", 32, 256, False, dropout)
+        yield attention(kernel, "fp16", 32, 128, False, True)
+        yield attention(kernel, "fp32", 32, 256, False, True)
+        yield attention(kernel, "fp32", 32, 256, False, True, "tf32")
+        yield attention(kernel, "bf16", 32, 512, False, True)
+        yield attention(kernel, "bf16", 32, 256, True, True)
+        yield attention(kernel, "bf16", 20, 16, False, True)
+        yield attention(kernel, "bf16", 64, 256, False, True)
+        yield attention(kernel, "bf16", 128, 256, False, True)
+    for kernel in ROW_KERNELS:
+        yield row_operation(kernel, "bf16", 1024 if kernel.startswith("bias") else 256, True)
+
+
+def every() -> Iterator[Configuration]:
+    """All that the tables can ask for, at the head_dims that need no padding."""
+    seen = set()
+    flags = (False, True)
+    lengths = [16, 32, 64, 128, 256, 257]
+    for kernel, dtype, head_dim, length, causal, dropout in itertools.product(
+        ("forward", "backward"), BITS, tiles.HEAD_DIMS, lengths, flags, flags
+    ):
+        for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
+            seen.add(attention(kernel, dtype, head_dim, length, causal, dropout, precision))
+    for kernel, dtype, dropout in itertools.product(ROW_KERNELS, BITS, flags):
+        for columns in (64, 256, 1024):
+            seen.add(row_operation(kernel, dtype, columns, dropout))
+    yield from sorted(seen, key=str)
+
+
+def _signature(kernel: Any, configuration: Configuration) -> tuple[dict[str, str], dict[Any, Any]]:
+    """Types of the arguments, and which are multiples of 16: all pointers but the seed, and
+    strides. These are what Triton finds at a launch."""
+    constants = dict(configuration.constants)
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        is_stride = name.endswith(("_row", "_head"))
+        kind = "constexpr" if name in constants else _TYPES.get(name)
+        if name == "seed" and not constants["DROPOUT"]:
+            kind = "constexpr"  # None
+        signature[name] = kind or ("i32" if is_stride else f"*{configuration.dtype}")
+        if is_stride or (signature[name].startswith("*") and name != "seed"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, attributes
+
+
+def compile_for(configuration: Configuration, target: str) -> Any:
+    """The compiled kernel: `.asm` holds its forms, `.metadata.shared` the shared memory in bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = importlib.import_module(f"fasttx.kernels.triton.{configuration.module}")
+    kernel = getattr(module, configuration.kernel)
+    signature, attributes = _signature(kernel, configuration)
+    constants = dict(configuration.constants)
+    if signature.get("seed") == "constexpr":
+        constants["seed"] = None
+    backend, architecture, warp_size, _ = TARGETS[target]
+    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget(backend, architecture, warp_size),
+        options=options,
+    )
+
+
+def usage(compiled: Any, target: str) -> Usage:
+    """Read from the binary (NVIDIA: by the cuobjdump that Triton carries) or the assembly (AMD)."""
+    shared = compiled.metadata.shared
+    if TARGETS[target][0] == "hip":
+        text = compiled.asm["amdgcn"]
+        registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text))
+        stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+        return Usage(registers, shared, stack)
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return Usage(int(found["REG"]), shared, int(found["STACK"]) + int(found["LOCAL"]))
+
+
+def faults(configuration: Configuration, target: str, used: Usage) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    wrong = []
+    limit = TARGETS[target][3]
+    if used.shared > limit:
+        wrong.append(f"{used.shared} bytes of shared memory; {target} has {limit} a block")
+    if used.stack and not configuration.may_spill:
+        wrong.append(f"{used.stack} bytes of registers spilled")
+    return wrong
+
+
+def examine(work: tuple[Configuration, str]) -> tuple[Configuration, str, Usage]:
+    configuration, target = work
+    return configuration, target, usage(compile_for(configuration, target), target)
+
+
+def table(rows: list[tuple[Configuration, str, Usage]]) -> str:
+    """Markdown, one line a configuration and target."""
+    lines = ["| kernel | target | warps | registers | shared, bytes | spilled, bytes |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for c, target, used in rows:
+        cells = (c, target, c.num_warps, used.registers, used.shared, used.stack)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every configuration of the tables")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=[*TARGETS])
+    parser.add_argument("--markdown", type=Path, help="write the table of resources there")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    configurations = list(every() if arguments.all else default_model())
+    work = list(itertools.product(configurations, arguments.target))
+    rows, wrong = [], []
+    with concurrent.futures.ProcessPoolExecutor(arguments.workers) as pool:
+        for done, row in enumerate(pool.map(examine, work), 1):
+            rows.append(row)
+            wrong += [f"{row[0]} on {row[1]}: {fault}" for fault in faults(*row)]
+            if sys.stderr.isatty():
+                print(f"\r{done} of {len(work)}", end="", file=sys.stderr)
+    text = table(rows)
+    if arguments.markdown:
+        arguments.markdown.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    print(f"{len(rows)} compiled, {len(wrong)} faults")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
