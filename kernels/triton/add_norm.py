@@ -9,7 +9,13 @@ import torch
 import triton
 import triton.language as tl
 from fasttx.kernels.triton.device import offsets, row_keep
-from fasttx.kernels.triton.operators import dense, derivative, keep_scale, operator
+from fasttx.kernels.triton.operators import (
+    LAUNCH,
+    dense,
+    derivative,
+    keep_scale,
+    operator,
+)
 from fasttx.kernels.triton.tiles import SMALLEST, power_of_two
 from torch import Tensor
 
@@ -99,8 +105,8 @@ def add_norm_backward(
     tl.store(sums + 2 * D, dbeta, mask=inside)
 
 
-def tile(columns: int, kernel: str = "") -> dict[str, int]:
-    """The compile-time part of a launch; both kernels take the same."""
+def tile(columns: int) -> dict[str, int]:
+    """The compile-time part of a launch, forward and backward."""
     width = max(SMALLEST, power_of_two(columns))
     rows = max(1, 2048 // width)
     return {"D": columns, "ROWS": rows, "COLUMNS": width, "num_warps": 4 if width <= 2048 else 8}
@@ -138,7 +144,7 @@ def add_norm(
             add_norm_forward[(triton.cdiv(len(h), sizes["ROWS"]),)](
                 h, y, bias.contiguous(), gamma.contiguous(), beta.contiguous(), seed, *outs,
                 h.stride(0), y.stride(0), len(h), threshold, keep_scale(threshold), eps,
-                DROPOUT=threshold > 0, **sizes,
+                DROPOUT=threshold > 0, **sizes, **LAUNCH,
             )  # fmt: skip
     return outs
 
@@ -175,7 +181,8 @@ def add_norm_gradients(
         add_norm_backward[(programs,)](
             *grads, h_out, gamma.contiguous(), mean, rstd, seed, dh, dy, partial, *strides,
             rows, threshold, keep_scale(threshold),
-            DROPOUT=threshold > 0, HAS_H=grad_h is not None, HAS_N=grad_n is not None, **sizes,
+            DROPOUT=threshold > 0, HAS_H=grad_h is not None, HAS_N=grad_n is not None,
+            **sizes, **LAUNCH,
         )  # fmt: skip
     return dh, dy, partial.sum(0)
 

@@ -85,9 +85,8 @@ def attention(
 ) -> Configuration:  # fmt: skip
     """What the launcher in attention.py asks for."""
     tile = tiles.tile(kernel, BITS[dtype], head_dim, max_seqlen)
-    name = {"backward": "backward"}.get(
-        kernel, "forward_whole_rows" if tile.whole else "forward_online"
-    )
+    forward = "forward_whole_rows" if tile.whole else "forward_online"
+    name = forward if kernel == "forward" else kernel
     constants = {
         "D": head_dim, "BLOCK_D": tiles.padded_head_dim(head_dim),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
@@ -103,7 +102,8 @@ def attention(
 def row_operation(kernel: str, dtype: str, columns: int, dropout: bool) -> Configuration:
     """What the launchers of add_norm.py, bias_act.py and embed.py ask for."""
     module = kernel.removesuffix("_forward").removesuffix("_backward")
-    constants = importlib.import_module(f"fasttx.kernels.triton.{module}").tile(columns, kernel)
+    tile = importlib.import_module(f"fasttx.kernels.triton.{module}").tile
+    constants = tile(columns, backward=True) if kernel == "embed_backward" else tile(columns)
     warps = constants.pop("num_warps")
     constants["DROPOUT"] = dropout
     if module == "bias_act":
@@ -169,7 +169,7 @@ def _signature(kernel: Any, configuration: Configuration) -> tuple[dict[str, str
 
 
 def compile_for(configuration: Configuration, target: str) -> Any:
-    """The compiled kernel: `.asm` holds its forms, `.metadata.shared` the shared memory in bytes."""
+    """The compiled kernel: `.asm` holds its forms, `.metadata.shared` its shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -181,7 +181,11 @@ def compile_for(configuration: Configuration, target: str) -> Any:
     if signature.get("seed") == "constexpr":
         constants["seed"] = None
     backend, architecture, warp_size, _ = TARGETS[target]
-    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+    options = {
+        "num_warps": max(1, configuration.num_warps * 32 // warp_size),
+        "num_stages": configuration.num_stages,
+        "enable_fp_fusion": True,
+    }
     return triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
         target=GPUTarget(backend, architecture, warp_size),
@@ -226,7 +230,7 @@ def examine(work: tuple[Configuration, str]) -> tuple[Configuration, str, Usage]
 
 def table(rows: list[tuple[Configuration, str, Usage]]) -> str:
     """Markdown, one line a configuration and target."""
-    lines = ["| kernel | target | warps | registers | shared, bytes | spilled, bytes |"]
+    lines = ["| kernel | target | warps of 32 | registers | shared, bytes | spilled, bytes |"]
     lines += ["|---|---|---|---|---|---|"]
     for c, target, used in rows:
         cells = (c, target, c.num_warps, used.registers, used.shared, used.stack)

@@ -14,6 +14,7 @@ from fasttx.kernels.triton.backward import backward
 from fasttx.kernels.triton.device import DEAD_ROWS
 from fasttx.kernels.triton.forward import forward_online, forward_whole_rows
 from fasttx.kernels.triton.operators import (
+    LAUNCH,
     dense,
     derivative,
     dot_precision,
@@ -24,6 +25,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = math.log2(math.e)
+WARP_SIZE = 32 if torch.version.hip is None else 64
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, seq_starts: Tensor, seq_lens: Tensor) -> None:
@@ -62,7 +64,7 @@ def _options(
         "D": q.shape[2], "BLOCK_D": tiles.padded_head_dim(q.shape[2]),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "CAUSAL": causal, "DROPOUT": threshold > 0, "PRECISION": dot_precision(q.dtype),
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages, **LAUNCH,
     }  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def _forward(
     if not out.numel():
         return out, lse
     sequences = len(seq_lens)
-    tile = tiles.tile("forward", 8 * q.element_size(), head_dim, max_seqlen)
+    tile = tiles.tile("forward", 8 * q.element_size(), head_dim, max_seqlen, WARP_SIZE)
     kernel = forward_whole_rows if tile.whole else forward_online
     blocks = triton.cdiv(max_seqlen, tile.block_m) * heads * sequences
     with torch.cuda.device_of(q):
@@ -103,7 +105,7 @@ def _backward(
     q, k, v, grad = dense(q), dense(k), dense(v), dense(grad)
     rows, heads, head_dim = q.shape
     sequences = len(seq_lens)
-    tile = tiles.tile("backward", 8 * q.element_size(), head_dim, max_seqlen)
+    tile = tiles.tile("backward", 8 * q.element_size(), head_dim, max_seqlen, WARP_SIZE)
     blocks = triton.cdiv(max_seqlen, tile.block_n)
     if not tile.whole:
         blocks += triton.cdiv(max_seqlen, tile.block_m)

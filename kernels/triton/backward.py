@@ -159,17 +159,17 @@ def backward(
     dq += start * dq_row + wide * D
     dk += start * dk_row + wide * D
     dv += start * dv_row + wide * D
-    if block < key_blocks:
-        if block * BLOCK_N < length:
-            _keys(
-                q, k, v, out, lse, grad, dq, dk, dv, seed, sequence, head, block * BLOCK_N, length,
-                q_row, k_row, v_row, out_row, grad_row, dq_row, dk_row, dv_row,
-                qk_scale, scale, threshold, keep_scale,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION, WHOLE,
-            )  # fmt: skip
-    else:
+    first_key = block * BLOCK_N
+    if (block < key_blocks) & (first_key < length):
+        _keys(
+            q, k, v, out, lse, grad, dq, dk, dv, seed, sequence, head, first_key, length,
+            q_row, k_row, v_row, out_row, grad_row, dq_row, dk_row, dv_row,
+            qk_scale, scale, threshold, keep_scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION, WHOLE,
+        )  # fmt: skip
+    if not WHOLE:
         first_query = (block - key_blocks) * BLOCK_M
-        if first_query < length:
+        if (block >= key_blocks) & (first_query < length):
             _queries(
                 q, k, v, out, lse, grad, dq, seed, sequence, head, first_query, length,
                 q_row, k_row, v_row, out_row, grad_row, dq_row,

@@ -9,7 +9,13 @@ import torch
 import triton
 import triton.language as tl
 from fasttx.kernels.triton.device import offsets, row_keep
-from fasttx.kernels.triton.operators import dense, derivative, keep_scale, operator
+from fasttx.kernels.triton.operators import (
+    LAUNCH,
+    dense,
+    derivative,
+    keep_scale,
+    operator,
+)
 from fasttx.kernels.triton.tiles import SMALLEST, power_of_two
 from torch import Tensor
 
@@ -80,8 +86,8 @@ def bias_act_backward(
     tl.store(sums + program.to(tl.int64) * D + column, dbias, mask=column < D)
 
 
-def tile(columns: int, kernel: str = "") -> dict[str, int]:
-    """The compile-time part of a launch; both kernels take the same."""
+def tile(columns: int) -> dict[str, int]:
+    """The compile-time part of a launch, forward and backward."""
     width = min(256, max(SMALLEST, power_of_two(columns)))
     return {"D": columns, "ROWS": 2048 // width, "COLUMNS": width, "num_warps": 4}
 
@@ -105,7 +111,7 @@ def bias_act(u: Tensor, bias: Tensor, threshold: int, seed: Tensor | None, gelu:
         with torch.cuda.device_of(u):
             bias_act_forward[grid](
                 u, bias.contiguous(), seed, out, u.stride(0), rows, threshold,
-                keep_scale(threshold), DROPOUT=threshold > 0, GELU=gelu, **sizes,
+                keep_scale(threshold), DROPOUT=threshold > 0, GELU=gelu, **sizes, **LAUNCH,
             )  # fmt: skip
     return out
 
@@ -134,7 +140,7 @@ def bias_act_gradients(
     with torch.cuda.device_of(u):
         bias_act_backward[(programs, triton.cdiv(columns, sizes["COLUMNS"]))](
             grad, u, bias.contiguous(), seed, du, partial, grad.stride(0), u.stride(0), rows,
-            threshold, keep_scale(threshold), DROPOUT=threshold > 0, GELU=gelu, **sizes,
+            threshold, keep_scale(threshold), DROPOUT=threshold > 0, GELU=gelu, **sizes, **LAUNCH,
         )  # fmt: skip
     return du, partial.sum(0)
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 PHILOX_ROUNDS = tl.constexpr(7)
-DEAD_ROWS = tl.constexpr(128)  # rows that one clearing program looks at
+DEAD_ROWS = tl.constexpr(64)  # rows that one clearing program looks at
 _SPANS = tl.constexpr(32)  # sequences it compares them with at a time
-_COLUMNS = tl.constexpr(64)
+_COLUMNS = tl.constexpr(32)
 
 
 @triton.jit

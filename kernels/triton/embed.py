@@ -11,7 +11,13 @@ import torch
 import triton
 import triton.language as tl
 from fasttx.kernels.triton.device import keep_eight, offsets, row_keep
-from fasttx.kernels.triton.operators import dense, derivative, keep_scale, operator
+from fasttx.kernels.triton.operators import (
+    LAUNCH,
+    dense,
+    derivative,
+    keep_scale,
+    operator,
+)
 from fasttx.kernels.triton.tiles import SMALLEST, power_of_two
 from torch import Tensor
 
@@ -71,11 +77,11 @@ def embed_backward(
     tl.store(at, (sum_ * scale).to(dtable.dtype.element_ty), mask=inside)
 
 
-def tile(columns: int, kernel: str) -> dict[str, int]:
+def tile(columns: int, backward: bool = False) -> dict[str, int]:
     """The compile-time part of a launch. The backward pass gathers rows from all over, so it takes
     more of them at a time."""
     width = min(256, max(SMALLEST, power_of_two(columns)))
-    rows = min(32, (8192 if kernel == "embed_backward" else 2048) // width)
+    rows = min(32, (8192 if backward else 2048) // width)
     return {"D": columns, "ROWS": rows, "COLUMNS": width, "num_warps": 4}
 
 
@@ -108,13 +114,13 @@ def embed(
     if out.numel():
         table, pe = dense(table), dense(pe)
         rows, columns = out.shape
-        sizes = tile(columns, "embed_forward")
+        sizes = tile(columns)
         grid = (triton.cdiv(rows, sizes["ROWS"]), triton.cdiv(columns, sizes["COLUMNS"]))
         with torch.cuda.device_of(table):
             embed_forward[grid](
                 ids.contiguous(), position_ids.contiguous(), table, pe, seed, out,
                 table.stride(0), pe.stride(0), rows, len(table), len(pe), threshold,
-                keep_scale(threshold), math.sqrt(columns), DROPOUT=threshold > 0, **sizes,
+                keep_scale(threshold), math.sqrt(columns), DROPOUT=threshold > 0, **sizes, **LAUNCH,
             )  # fmt: skip
     return out
 
@@ -136,11 +142,11 @@ def embed_gradient(
     ends = torch.searchsorted(
         sorted_ids, torch.arange(vocabulary + 1, device=ids.device, dtype=ids.dtype)
     )
-    sizes = tile(columns, "embed_backward")
+    sizes = tile(columns, backward=True)
     with torch.cuda.device_of(table):
         embed_backward[(vocabulary, triton.cdiv(columns, sizes["COLUMNS"]))](
             grad, order, ends, seed, dtable, grad.stride(0), threshold, keep_scale(threshold),
-            math.sqrt(columns), DROPOUT=threshold > 0, **sizes,
+            math.sqrt(columns), DROPOUT=threshold > 0, **sizes, **LAUNCH,
         )  # fmt: skip
     return dtable
 

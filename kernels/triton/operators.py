@@ -17,6 +17,9 @@ LIBRARY = torch.library.Library("fasttx_triton", "DEF")
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 
+# Said aloud, because what Triton does by default changes between its versions.
+LAUNCH = {"enable_fp_fusion": True}
+
 Function = Callable[..., Any]
 
 

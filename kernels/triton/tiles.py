@@ -20,27 +20,29 @@ class Tile(NamedTuple):
     whole: bool
 
 
-# (bits of the dtype, padded head_dim) -> the longest max_seqlen that whole rows serve, the tile's
-# queries and warps there; and the tile beyond: queries, keys, warps, stages.
-_FORWARD = {
-    (16, 16): (256, 64, 4, (128, 64, 4, 2)),
-    (16, 32): (256, 64, 4, (128, 64, 4, 2)),
-    (16, 64): (256, 64, 4, (128, 64, 4, 2)),
-    (16, 128): (128, 64, 4, (128, 64, 8, 2)),
-    (32, 16): (64, 32, 4, (32, 64, 4, 1)),
-    (32, 32): (64, 32, 4, (32, 64, 4, 1)),
-    (32, 64): (64, 32, 4, (32, 32, 4, 1)),
-    (32, 128): (32, 32, 4, (32, 32, 4, 1)),
+# (bits of the dtype, padded head_dim) -> whole rows: (up to this max_seqlen, queries, warps), ...;
+# and the tile beyond: queries, keys, warps, stages. A warp is 32 threads here; where it is 64 (AMD)
+# a kernel gets half as many.
+_Entry = tuple[tuple[tuple[int, int, int], ...], tuple[int, int, int, int]]
+_FORWARD: dict[tuple[int, int], _Entry] = {
+    (16, 16): (((256, 64, 4),), (64, 64, 4, 2)),
+    (16, 32): (((256, 64, 4),), (64, 64, 4, 2)),
+    (16, 64): (((128, 64, 4),), (64, 64, 4, 2)),
+    (16, 128): (((128, 64, 4),), (64, 64, 4, 2)),
+    (32, 16): (((64, 32, 4),), (32, 64, 4, 1)),
+    (32, 32): (((64, 32, 4),), (32, 64, 4, 1)),
+    (32, 64): (((64, 32, 4),), (32, 32, 4, 1)),
+    (32, 128): (((32, 32, 4),), (32, 32, 4, 1)),
 }
-_BACKWARD = {
-    (16, 16): (256, 64, 8, (64, 64, 4, 1)),
-    (16, 32): (256, 32, 8, (64, 64, 4, 1)),
-    (16, 64): (128, 64, 8, (64, 64, 4, 1)),
-    (16, 128): (64, 64, 8, (64, 64, 8, 1)),
-    (32, 16): (64, 32, 4, (32, 32, 4, 1)),
-    (32, 32): (64, 32, 4, (32, 32, 4, 1)),
-    (32, 64): (32, 32, 4, (32, 32, 4, 1)),
-    (32, 128): (32, 32, 8, (32, 32, 8, 1)),
+_BACKWARD: dict[tuple[int, int], _Entry] = {
+    (16, 16): (((128, 64, 8), (256, 32, 8)), (64, 64, 4, 1)),
+    (16, 32): (((128, 64, 8), (256, 32, 8)), (64, 64, 4, 1)),
+    (16, 64): (((64, 32, 4), (128, 32, 8)), (64, 64, 8, 1)),
+    (16, 128): (((64, 64, 8),), (64, 64, 8, 1)),
+    (32, 16): (((64, 32, 4),), (32, 32, 4, 1)),
+    (32, 32): (((64, 32, 4),), (32, 32, 4, 1)),
+    (32, 64): (((32, 32, 4),), (32, 32, 4, 1)),
+    (32, 128): (((32, 32, 8),), (32, 32, 8, 1)),
 }
 SMALLEST = 16  # the least that a matrix product takes along each dimension
 
@@ -55,14 +57,19 @@ def padded_head_dim(head_dim: int) -> int:
     return max(SMALLEST, power_of_two(head_dim))
 
 
-def tile(kernel: str, bits: int, head_dim: int, max_seqlen: int) -> Tile:
+def tile(kernel: str, bits: int, head_dim: int, max_seqlen: int, warp_size: int = 32) -> Tile:
     """The tile of "forward" or "backward" for a dtype of so many bits."""
+    chosen = _tile(kernel, bits, head_dim, max_seqlen)
+    return chosen._replace(num_warps=max(1, chosen.num_warps * 32 // warp_size))
+
+
+def _tile(kernel: str, bits: int, head_dim: int, max_seqlen: int) -> Tile:
     table = _FORWARD if kernel == "forward" else _BACKWARD
-    longest, block_m, warps, beyond = table[bits, padded_head_dim(head_dim)]
-    if max_seqlen > longest:
-        return Tile(*beyond, whole=False)
-    block_n = max(SMALLEST, power_of_two(max_seqlen))
-    # A tile smaller than this one leaves warps without work.
-    if block_n < 64:
-        warps = min(warps, 4 if block_n == 32 else 2)
-    return Tile(min(block_m, block_n), block_n, warps, 1, whole=True)
+    short, beyond = table[bits, padded_head_dim(head_dim)]
+    for longest, block_m, num_warps in short:
+        if max_seqlen <= longest:
+            block_n = max(SMALLEST, power_of_two(max_seqlen))
+            if block_n < 64:  # too little for eight warps; with fewer than four registers spill
+                num_warps = 4
+            return Tile(min(block_m, block_n), block_n, num_warps, 1, whole=True)
+    return Tile(*beyond, whole=False)
