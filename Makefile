@@ -6,6 +6,7 @@ VENV    ?= .venv
 WORKERS ?= 2
 # Flags for train.py, e.g.  make train ARGS="--attn-backend sdpa --epochs 2", or for pytest: make bench
 ARGS    ?=
+AOT     ?= --all
 
 PY      := $(VENV)/bin/python
 # The environment is made once, and again when one of these changes.
@@ -17,7 +18,7 @@ QUIET   := $(if $(CI),--quiet)
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench bench-once plots lint format types clean
+.PHONY: help train test bench bench-once plots aot lint format types clean
 
 help:
 	@echo 'make train    train on IMDB where it can be had, else on the built-in demo data'
@@ -25,6 +26,7 @@ help:
 	@echo 'make test     run all tests ($(WORKERS) processes; WORKERS=8 for more)'
 	@echo 'make bench    time every backend and every peer: make bench ARGS="-k training" for a part of it'
 	@echo 'make plots    figures in docs/ from what make bench saved (make bench-once: does each run?)'
+	@echo 'make aot      compile every Triton kernel for four GPUs, none needed (hours; AOT="" for the main ones)'
 	@echo 'make lint     ruff: rules and formatting (make format mends them)'
 	@echo 'make types    mypy'
 	@echo 'make clean    remove $(VENV), build outputs and caches; runs/ stays'
@@ -48,6 +50,9 @@ bench-once: $(VENV)/.dev
 
 plots: $(VENV)/.dev
 	$(PY) benchmarks/plots.py
+
+aot: $(VENV)/.dev
+	$(PY) -m fasttx.kernels.triton.aot $(AOT)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

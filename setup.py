@@ -110,7 +110,7 @@ extras = {
 }
 # torch's CUDA builds pin a triton of their own and the CPU builds need none, so a plain install
 # asks for none; the extra is for a torch that came without.
-triton = ['triton>=3.2; platform_system == "Linux"']
+triton = ['triton>=3.4; platform_system == "Linux"']
 # Hugging Face's `kernels` is there for the test that ours does not get in its way.
 tools = [
     "build>=1",
@@ -120,6 +120,8 @@ tools = [
     "pytest-xdist>=3.5",
     "ruff>=0.9",
     "setuptools>=77",
+    # Its kernels are tested without a GPU: interpreted, and compiled ahead of time.
+    'triton>=3.4; platform_system == "Linux" and platform_machine == "x86_64"',
     "wheel>=0.40",
 ]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fasttx.attention import dropout
 from fasttx.rowops import LAYER_NORM_EPS, RowOps
 
-OLDEST = (3, 2)  # of Triton: what torch 2.6 brings
+OLDEST = (3, 4)  # of Triton: what torch 2.8 brings
 LARGEST_HEAD_DIM = 128
 
 
