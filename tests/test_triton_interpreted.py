@@ -162,7 +162,7 @@ def test_a_training_step_equals_the_reference_s(adapter):
     they are as far from those of float32 as the reference's are."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"d_model": 48, "num_heads": 2, "num_layers": 2, "d_ff": 40}
-    # A relu may flip where a sum rounds to the other side of 0, and one flip outweighs all rounding.
+    # A relu flips where a sum rounds to the other side of 0, which outweighs all rounding.
     settings["activation"] = "gelu"
     models = [
         TransformerClassifier(50, max_len=64, attn_backend=name, **settings)
