@@ -1,0 +1,62 @@
+"""The Metal kernels behind the signatures of a backend, unchecked: `mps` decides whether to trust them.
+
+T rows, B sequences, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fasttx.attention import dropout
+from fasttx.kernels.metal import attention as kernels
+from fasttx.rowops import specification as rowops  # noqa: F401
+
+
+def _dropout(p: float, seed: Tensor | None) -> tuple[int, Tensor | None]:
+    """The threshold and the seed that the operators take; raises as the specification does."""
+    t = dropout.threshold(p)
+    return t, dropout.require_seed(seed) if t else None
+
+
+def attention(
+    qkv: Tensor,
+    seq_starts: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """`attention_qkv` of packed projections qkv (T, 3, H, D), read in place."""
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    t, seed = _dropout(dropout_p, seed)
+    return kernels.attention(qkv, seq_starts, seq_lens, max_seqlen, t, seed, causal, scale)[0]
+
+
+def attention_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_starts: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention inside each sequence. q, k, v (T, H, D), seq_starts and seq_lens (B,) int32
+    -> (T, H, D), all of one dtype of float32, bfloat16, float16.
+
+    Any strides, best with D contiguous. Rows outside every sequence come out 0, and so do their
+    gradients, whatever they hold. seed: () int64 tensor, needed where dropout_p > 0.
+    Raises ValueError and TypeError for shapes, dtypes and probabilities that cannot be.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    t, seed = _dropout(dropout_p, seed)
+    return kernels.attention_qkv(
+        q, k, v, seq_starts, seq_lens, max_seqlen, t, seed, causal, scale
+    )[0]
