@@ -184,6 +184,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     BACKENDS["triton"] = dataclasses.replace(
         BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float32, torch.float16)
     )
+# Not in the table, but tested as if they were: what `mps` chooses between, the Metal kernels by
+# emulation. No name leads to them, so tests that ask by name leave them out (listed=True).
+UNLISTED = (
+    Backend(
+        "metal", "tests.metal.adapter", "the Metal kernels, emulated", ("cpu",),
+        (torch.float32, torch.float16, torch.bfloat16), "shared",
+    ),
+    Backend(
+        "lean", "fasttx.attention.lean", "what mps falls back to", (),
+        BACKENDS["reference"].dtypes, "shared",
+    ),
+)  # fmt: skip
 
 
 def _devices() -> list[str]:
@@ -198,7 +210,7 @@ def _devices() -> list[str]:
 def _targets() -> list[Any]:
     """(backend, device): each backend wherever it may run, at least on its first device."""
     targets = []
-    for backend in BACKENDS.values():
+    for backend in (*BACKENDS.values(), *UNLISTED):
         wanted = backend.devices or tuple(_devices())
         here = [device for device in wanted if device in _devices()] or wanted[:1]
         targets += [pytest.param(backend, d, id=f"{backend.name}-{d}") for d in here]
@@ -208,11 +220,13 @@ def _targets() -> list[Any]:
 TARGETS = _targets()
 
 
-def over_backends(*p: float, dropout: str | None = None) -> Any:
+def over_backends(*p: float, dropout: str | None = None, listed: bool = False) -> Any:
     """Parametrise over the backends whose dropout is of this kind ("shared", "torch"; None: all),
     each on each of its devices. With dropout probabilities `p`, over these too, and there only
-    backends whose masks are shared see other than 0."""
+    backends whose masks are shared see other than 0. listed: only those of the table."""
     targets = [t for t in TARGETS if dropout in (None, t.values[0].dropout)]
+    if listed:
+        targets = [t for t in targets if t.values[0] not in UNLISTED]
     if not p:
         return pytest.mark.parametrize(("backend", "device"), targets)
     return pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fasttx.attention import dropout
 from fasttx.kernels.metal import attention as kernels
-from fasttx.rowops import specification as rowops  # noqa: F401
+from fasttx.kernels.metal import rowops as row_kernels
+from fasttx.rowops import LAYER_NORM_EPS, RowOps
 
 
 def _dropout(p: float, seed: Tensor | None) -> tuple[int, Tensor | None]:
@@ -60,3 +61,24 @@ def attention_qkv(
     return kernels.attention_qkv(
         q, k, v, seq_starts, seq_lens, max_seqlen, t, seed, causal, scale
     )[0]
+
+
+def _embed(
+    ids: Tensor, position_ids: Tensor, table: Tensor, pe: Tensor, p: float, seed: Tensor | None
+) -> Tensor:
+    return row_kernels.embed(ids, position_ids, table, pe, *_dropout(p, seed))
+
+
+def _add_norm(
+    h: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return row_kernels.add_norm(h, y, bias, gamma, beta, *_dropout(p, seed), LAYER_NORM_EPS)[:2]
+
+
+def _bias_act(
+    u: Tensor, bias: Tensor, p: float, seed: Tensor | None, activation: str = "relu"
+) -> Tensor:
+    return row_kernels.bias_act(u, bias, *_dropout(p, seed), activation == "gelu")
+
+
+rowops = RowOps(_embed, _add_norm, _bias_act)

@@ -1,0 +1,144 @@
+// h' = h + dropout(y + bias) and n = LayerNorm(h') gamma + beta: a simdgroup holds a row in registers.
+// Specialised: element (of h, h', n), branch (y), bias_type, norm_type (gamma, beta), COLUMNS.
+// Needs philox.metal and rows.metal.
+
+#define CHUNKS ((COLUMNS + 255) / 256)  // of 256 columns, eight neighbours a lane
+#define SIMDGROUPS 4                    // in a threadgroup
+
+enum AddNormSize { ROWS, THRESHOLD, H_ROW, Y_ROW };
+
+inline int column_of(int chunk, uint lane) { return chunk * 256 + int(lane) * 8; }
+
+kernel void add_norm(
+    const device element* h [[buffer(0)]],
+    const device branch* y [[buffer(1)]],
+    const device bias_type* bias [[buffer(2)]],
+    const device norm_type* gamma [[buffer(3)]],
+    const device norm_type* beta [[buffer(4)]],
+    device element* out [[buffer(5)]],
+    device element* normed [[buffer(6)]],
+    device float* moments [[buffer(7)]],  // (T, 2): mean and 1 / deviation
+    const device uint* seed [[buffer(8)]],
+    constant long* size [[buffer(9)]],
+    constant float* factor [[buffer(10)]], // 1 / keep probability, epsilon
+    uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  const int row = int(group.x * SIMDGROUPS + simdgroup);
+  if (row >= size[ROWS]) return;
+  h += row * size[H_ROW];
+  y += row * size[Y_ROW];
+  out += long(row) * COLUMNS;
+  normed += long(row) * COLUMNS;
+
+  float x[CHUNKS * 8];
+  float sum = 0.0f;
+  UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    const int first = column_of(chunk, lane);
+    const uint4 block = row_block(seed, first / 8, row);
+    UNROLL for (int i = 0; i < 8; i++) {
+      const int column = first + i;
+      float value = 0.0f;
+      if (column < COLUMNS) {
+        const float added = float(y[column]) + float(bias[column]);
+        value = float(h[column]) + dropped(added, block, i, uint(size[THRESHOLD]), factor[0]);
+        const element rounded = element(value);
+        out[column] = rounded;
+        value = float(rounded);
+      }
+      x[chunk * 8 + i] = value;
+      sum += value;
+    }
+  }
+  const float mean = simd_sum(sum) / float(COLUMNS);
+  float squares = 0.0f;  // of what is left of the mean: no cancellation
+  UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    UNROLL for (int i = 0; i < 8; i++) {
+      const float centred = x[chunk * 8 + i] - mean;
+      if (column_of(chunk, lane) + i < COLUMNS) squares += centred * centred;
+    }
+  }
+  const float inverse = 1.0f / sqrt(simd_sum(squares) / float(COLUMNS) + factor[1]);
+  UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    UNROLL for (int i = 0; i < 8; i++) {
+      const int column = column_of(chunk, lane) + i;
+      if (column >= COLUMNS) break;
+      const float centred = (x[chunk * 8 + i] - mean) * inverse;
+      normed[column] = element(centred * float(gamma[column]) + float(beta[column]));
+    }
+  }
+  if (lane == 0) {
+    moments[row * 2] = mean;
+    moments[row * 2 + 1] = inverse;
+  }
+}
+
+// With c = (h' - mean) / deviation and g = dn gamma:
+//   dh = dh' + (g - mean(g) - c mean(g c)) / deviation,   dy = dropout(dh)
+// A simdgroup walks over 16 rows, and writes their sums for dbias, dgamma and dbeta: the host adds
+// those up, so the order of every sum is fixed.
+kernel void add_norm_backward(
+    const device element* dout [[buffer(0)]],
+    const device element* dnormed [[buffer(1)]],
+    const device element* out [[buffer(2)]],
+    const device float* moments [[buffer(3)]],
+    const device norm_type* gamma [[buffer(4)]],
+    device element* dh [[buffer(5)]],
+    device branch* dy [[buffer(6)]],
+    device float* sums [[buffer(7)]],  // (ceil(T / 16), 3, COLUMNS)
+    const device uint* seed [[buffer(8)]],
+    constant long* size [[buffer(9)]],
+    constant float* factor [[buffer(10)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  const int part = int(group.x * SIMDGROUPS + simdgroup), rows = int(size[ROWS]);
+  const int begin = part * ROWS_OF_A_SUM, end = min(rows, begin + ROWS_OF_A_SUM);
+  if (begin >= rows) return;
+
+  float dbias[CHUNKS * 8], dgamma[CHUNKS * 8], dbeta[CHUNKS * 8];
+  UNROLL for (int j = 0; j < CHUNKS * 8; j++) dbias[j] = dgamma[j] = dbeta[j] = 0.0f;
+  for (int row = begin; row < end; row++) {
+    const long at = long(row) * COLUMNS;
+    const float mean = moments[row * 2], inverse = moments[row * 2 + 1];
+    float sum_g = 0.0f, sum_gc = 0.0f;
+    UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      UNROLL for (int i = 0; i < 8; i++) {
+        const int column = column_of(chunk, lane) + i, j = chunk * 8 + i;
+        if (column >= COLUMNS) break;
+        const float c = (float(out[at + column]) - mean) * inverse;
+        const float dn = float(dnormed[at + column]), g = dn * float(gamma[column]);
+        sum_g += g;
+        sum_gc += g * c;
+        dgamma[j] += dn * c;
+        dbeta[j] += dn;
+      }
+    }
+    const float mean_g = simd_sum(sum_g) / float(COLUMNS);
+    const float mean_gc = simd_sum(sum_gc) / float(COLUMNS);
+    UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      const uint4 block = row_block(seed, column_of(chunk, lane) / 8, row);
+      UNROLL for (int i = 0; i < 8; i++) {
+        const int column = column_of(chunk, lane) + i, j = chunk * 8 + i;
+        if (column >= COLUMNS) break;
+        const float c = (float(out[at + column]) - mean) * inverse;
+        const float g = float(dnormed[at + column]) * float(gamma[column]);
+        const float dx = float(dout[at + column]) + (g - mean_g - c * mean_gc) * inverse;
+        const float dbranch = dropped(dx, block, i, uint(size[THRESHOLD]), factor[0]);
+        dh[at + column] = element(dx);
+        dy[at + column] = branch(dbranch);
+        dbias[j] += dbranch;
+      }
+    }
+  }
+  sums += long(part) * 3 * COLUMNS;
+  UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    UNROLL for (int i = 0; i < 8; i++) {
+      const int column = column_of(chunk, lane) + i, j = chunk * 8 + i;
+      if (column >= COLUMNS) break;
+      sums[column] = dbias[j];
+      sums[COLUMNS + column] = dgamma[j];
+      sums[2 * COLUMNS + column] = dbeta[j];
+    }
+  }
+}
