@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import subprocess
 import sys
 from typing import Any
 
@@ -73,7 +74,14 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _cpu_name() -> str:
+def chip() -> str:
+    """The name of the processor; on Apple silicon that of the GPU too."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(
+                asked, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
@@ -86,7 +94,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """What the numbers of a run were measured on."""
     found: dict[str, Any] = {
         "device": str(device),
-        "cpu": _cpu_name(),
+        "cpu": chip(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),

@@ -1,4 +1,5 @@
-"""Files written whole or not at all: to a temporary name in the same folder, then renamed."""
+"""Files written whole or not at all: to a temporary name in the same folder, then renamed; and the
+folder of what may be lost."""
 
 from __future__ import annotations
 
@@ -14,6 +15,17 @@ from typing import Any, BinaryIO
 
 # A killed process leaves its temporary file behind. One this old belongs to nobody any more.
 _ABANDONED_SECONDS = 3600
+
+
+def cache_folder() -> Path:
+    """$FASTTX_CACHE, $XDG_CACHE_HOME/fasttx or ~/.cache/fasttx, which need not exist yet.
+
+    Raises RuntimeError where there is no home folder.
+    """
+    own, xdg = os.environ.get("FASTTX_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "fasttx"
 
 
 @contextlib.contextmanager

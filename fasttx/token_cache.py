@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fasttx.files import atomic_write
+from fasttx.files import atomic_write, cache_folder
 from fasttx.packing import RaggedIds
 from fasttx.tokenizer import Tokenizer, checked_texts
 
@@ -32,7 +32,7 @@ def encode_cached(
     """
     key = _cache_key(tokenizer, texts)
     try:
-        folder = (Path(cache_dir) if cache_dir else _default_cache()) / "tokens"
+        folder = (Path(cache_dir) if cache_dir else cache_folder()) / "tokens"
     except RuntimeError:  # there is no home folder
         return tokenizer.encode_batch(texts)
     path = folder / f"{key}.npz"
@@ -49,13 +49,6 @@ def encode_cached(
         for old in by_use[_CACHE_FILES:]:
             old.unlink()
     return ids
-
-
-def _default_cache() -> Path:
-    own, xdg = os.environ.get("FASTTX_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "fasttx"
 
 
 def _cache_key(tokenizer: Tokenizer, texts: Sequence[str]) -> str:

@@ -36,7 +36,12 @@ ALLOWED: dict[str, set[str]] = {
     # The specification of the row operations draws the dropout that the attention defines.
     "rowops": {"attention.dropout"},
     # An adapter sees the generator, the padded form, its kernels; never a model, never its peers.
-    **{adapter: {*GENERATOR, "rowops", "kernels"} for adapter in ADAPTERS},
+    **{adapter: {*GENERATOR, "rowops", "kernels"} for adapter in ADAPTERS | {"attention.metal"}},
+    # Except mps, which stands on two adapters that no name leads to, and chooses between them.
+    "attention.lean": {*GENERATOR, "rowops"},
+    "attention.mps_check": {"attention.lean", "attention.metal", "kernels", "rowops"},
+    "attention.mps": {"attention.lean", "attention.metal", "attention.mps_check", "device"}
+    | {"files", "kernels", "rowops"},
     "attention.registry": {"config", "rowops"},
     "attention.convenience": {"attention.registry", "attention.dropout"},
     "attention": {"attention.convenience", "attention.registry"},

@@ -30,7 +30,7 @@ def _weights(q: Tensor, k: Tensor, seq_lens: Tensor, causal: bool, scale: float)
 
     The mask enters with the product, as what it is added to, so it costs no pass of its own.
     """
-    b, h, n, d = q.shape
+    b, h, n, _ = q.shape
     position = torch.arange(n, device=q.device)
     allowed = (position < seq_lens[:, None])[:, None, :]
     if causal:
@@ -56,7 +56,8 @@ class _Attention(torch.autograd.Function):
             weights = _weights(q.to(wide), k.to(wide), seq_lens, causal, scale)
             dropped = weights
             if t:
-                keep = dropout.attention_keep(dropout.require_seed(seed), *weights.shape, t)
+                b, h, n, _ = weights.shape
+                keep = dropout.attention_keep(dropout.require_seed(seed), b, h, n, n, t)
                 dropped = torch.where(keep, weights * dropout.keep_scale(t), 0.0)
             out = (dropped @ v.to(wide)).to(q.dtype)
         ctx.save_for_backward(q, k, v, weights, dropped if t else None, out)

@@ -1,10 +1,11 @@
-"""The Metal kernels behind the signatures of a backend, unchecked: `mps` decides whether to trust them.
+"""The Metal kernels behind the signatures of a backend; `mps` decides whether to trust them.
 
 T rows, B sequences, H heads, D head_dim.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fasttx.attention import dropout
@@ -58,9 +59,9 @@ def attention_qkv(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     t, seed = _dropout(dropout_p, seed)
-    return kernels.attention_qkv(
-        q, k, v, seq_starts, seq_lens, max_seqlen, t, seed, causal, scale
-    )[0]
+    return kernels.attention_qkv(q, k, v, seq_starts, seq_lens, max_seqlen, t, seed, causal, scale)[
+        0
+    ]
 
 
 def _embed(
@@ -72,6 +73,7 @@ def _embed(
 def _add_norm(
     h: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    h = h.to(torch.promote_types(h.dtype, y.dtype))
     return row_kernels.add_norm(h, y, bias, gamma, beta, *_dropout(p, seed), LAYER_NORM_EPS)[:2]
 
 

@@ -81,6 +81,14 @@ BACKENDS: dict[str, Backend] = {
             "shared",
         ),
         Backend(
+            "mps",
+            "fasttx.attention.mps",
+            "fused Metal kernels where their self-check passes, else plain tensor algebra",
+            ("mps",),
+            (torch.float32, torch.bfloat16, torch.float16),
+            "shared",
+        ),
+        Backend(
             "sdpa",
             "fasttx.attention.sdpa",
             "torch.nn.functional.scaled_dot_product_attention, without padded work on the CPU",

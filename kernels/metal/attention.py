@@ -9,10 +9,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from fasttx.kernels.metal import shaders
 from fasttx.kernels.metal.operators import dense, derivative, keep_scale, operator
+from torch import Tensor
 
 FILES = ("philox", "tiles", "attention_forward", "attention_backward")
 ROWS = 32  # of a threadgroup: 8 for each of its simdgroups
@@ -104,7 +103,10 @@ def _backward(
 
 # ------------------------------------------------------------------------------ packed projections
 
-OPTIONS = "Tensor starts, Tensor lens, int max_seqlen, int threshold, Tensor? seed, bool causal, float scale"
+OPTIONS = (
+    "Tensor starts, Tensor lens, int max_seqlen, int threshold, Tensor? seed, bool causal, "
+    "float scale"
+)
 
 
 def _packed_shapes(qkv: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

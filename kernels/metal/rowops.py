@@ -9,10 +9,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from fasttx.kernels.metal import shaders
 from fasttx.kernels.metal.operators import dense, derivative, keep_scale, operator
+from torch import Tensor
 
 ROWS_OF_A_SUM = 16  # as in rows.metal
 BLOCKS, BLOCK_ROWS = 32, 4  # of a threadgroup: threads of eight columns each, by rows
@@ -247,9 +246,7 @@ def _bias_act_kernel(name: str, u: Tensor, bias: Tensor, threshold: int, gelu: b
     "bias_act(Tensor u, Tensor bias, int threshold, Tensor? seed, bool gelu) -> Tensor",
     lambda u, *rest: u.new_empty(u.shape),
 )
-def bias_act(
-    u: Tensor, bias: Tensor, threshold: int, seed: Tensor | None, gelu: bool
-) -> Tensor:
+def bias_act(u: Tensor, bias: Tensor, threshold: int, seed: Tensor | None, gelu: bool) -> Tensor:
     """u (T, f), bias (f,) -> (T, f) of u's dtype."""
     _one_device(u, bias, seed)
     if u.dim() != 2:

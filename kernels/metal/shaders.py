@@ -32,7 +32,11 @@ def compiler(device_type: str) -> Callable[[str], Any]:
 def source(*files: str, **defined: str | int) -> str:
     """The text to compile: its specialisation, then the files. `element` is a type, not a macro:
     the standard library uses short names itself."""
-    head = ["#include <metal_stdlib>", "#include <metal_simdgroup_matrix>", "using namespace metal;"]
+    head = [
+        "#include <metal_stdlib>",
+        "#include <metal_simdgroup_matrix>",
+        "using namespace metal;",
+    ]
     for name, value in defined.items():
         kind = f"typedef {value} {name};" if isinstance(value, str) else f"#define {name} {value}"
         head.append(kind)

@@ -1,4 +1,4 @@
-"""Runs Metal kernels on tensors of the CPU, without Metal: the same calls as torch's compile_shader.
+"""Runs Metal kernels on tensors of the CPU: the same calls as torch.mps.compile_shader takes.
 
 The very source that ships is translated by a few regular expressions (address spaces go, pointers
 to buffers become checked ones), compiled by g++ against `metal_stdlib.h`, and run with one fiber a
@@ -98,7 +98,9 @@ def kernels(source: str, checked: bool = True) -> list[Kernel]:
     """What a source declares as `kernel void name(...)`."""
     source = re.sub(r"//[^\n]*", "", source)
     found = []
-    for name, declared in re.findall(r"\bkernel\s+void\s+(\w+)\s*\((.*?\]\])\s*\)\s*\{", source, re.S):
+    for name, declared in re.findall(
+        r"\bkernel\s+void\s+(\w+)\s*\((.*?\]\])\s*\)\s*\{", source, re.S
+    ):
         texts = [text + "]]" for text in declared.split("]]") if text.strip(" ,\n")]
         filled = [_parameter(text.lstrip(" ,\n"), checked) for text in texts]
         buffers = {number: kind for _, number, kind in filled if number is not None}
@@ -175,7 +177,9 @@ class ShaderLibrary:
 
     def __getattr__(self, name: str) -> Launch:
         try:
-            return Launch(self._kernels[name], getattr(self._library, f"launch_{name}"), self._types)
+            return Launch(
+                self._kernels[name], getattr(self._library, f"launch_{name}"), self._types
+            )
         except KeyError:
             raise AttributeError(f"no kernel {name!r} in the source") from None
 
@@ -189,9 +193,7 @@ class Launch:
         self.kernel, self.function, self.types = kernel, function, types
         self.function.restype = ctypes.c_char_p
 
-    def __call__(
-        self, *arguments: Any, threads: Sequence[int], group_size: Sequence[int]
-    ) -> None:
+    def __call__(self, *arguments: Any, threads: Sequence[int], group_size: Sequence[int]) -> None:
         if sorted(self.kernel.buffers) != list(range(len(arguments))):
             raise EmulatorError(
                 f"{self.kernel.name} has buffers {sorted(self.kernel.buffers)}, not the "
@@ -220,7 +222,9 @@ class Launch:
                     f"{argument.dtype}"
                 )
             begin = argument.data_ptr()
-            extent = sum((n - 1) * s for n, s in zip(argument.shape, argument.stride(), strict=True))
+            extent = sum(
+                (n - 1) * s for n, s in zip(argument.shape, argument.stride(), strict=True)
+            )
             size = (extent + 1) * argument.element_size() if argument.numel() else 0
             return argument, (begin, begin + size)
         values = argument if isinstance(argument, list | tuple) else [argument]
