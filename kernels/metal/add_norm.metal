@@ -1,6 +1,6 @@
-// h' = h + dropout(y + bias) and n = LayerNorm(h') gamma + beta: a simdgroup holds a row in registers.
-// Specialised: element (of h, h', n), branch (y), bias_type, norm_type (gamma, beta), COLUMNS.
-// Needs philox.metal and rows.metal.
+// h' = h + dropout(y + bias), n = LayerNorm(h') gamma + beta: a simdgroup holds a row in registers.
+// Specialised: element_type (of h, h', n), branch_type (of y), bias_type, norm_type (of gamma and
+// beta), COLUMNS. Needs philox.metal and rows.metal.
 
 #define CHUNKS ((COLUMNS + 255) / 256)  // of 256 columns, eight neighbours a lane
 #define SIMDGROUPS 4                    // in a threadgroup
@@ -10,21 +10,21 @@ enum AddNormSize { ROWS, THRESHOLD, H_ROW, Y_ROW };
 inline int column_of(int chunk, uint lane) { return chunk * 256 + int(lane) * 8; }
 
 kernel void add_norm(
-    const device element* h [[buffer(0)]],
-    const device branch* y [[buffer(1)]],
+    const device element_type* h [[buffer(0)]],
+    const device branch_type* y [[buffer(1)]],
     const device bias_type* bias [[buffer(2)]],
     const device norm_type* gamma [[buffer(3)]],
     const device norm_type* beta [[buffer(4)]],
-    device element* out [[buffer(5)]],
-    device element* normed [[buffer(6)]],
+    device element_type* out [[buffer(5)]],
+    device element_type* normed [[buffer(6)]],
     device float* moments [[buffer(7)]],  // (T, 2): mean and 1 / deviation
     const device uint* seed [[buffer(8)]],
     constant long* size [[buffer(9)]],
     constant float* factor [[buffer(10)]], // 1 / keep probability, epsilon
     uint3 group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  const int row = int(group.x * SIMDGROUPS + simdgroup);
+  const int row = int(group.x * SIMDGROUPS + simdgroup_index);
   if (row >= size[ROWS]) return;
   h += row * size[H_ROW];
   y += row * size[Y_ROW];
@@ -42,7 +42,7 @@ kernel void add_norm(
       if (column < COLUMNS) {
         const float added = float(y[column]) + float(bias[column]);
         value = float(h[column]) + dropped(added, block, i, uint(size[THRESHOLD]), factor[0]);
-        const element rounded = element(value);
+        const element_type rounded = element_type(value);
         out[column] = rounded;
         value = float(rounded);
       }
@@ -64,7 +64,7 @@ kernel void add_norm(
       const int column = column_of(chunk, lane) + i;
       if (column >= COLUMNS) break;
       const float centred = (x[chunk * 8 + i] - mean) * inverse;
-      normed[column] = element(centred * float(gamma[column]) + float(beta[column]));
+      normed[column] = element_type(centred * float(gamma[column]) + float(beta[column]));
     }
   }
   if (lane == 0) {
@@ -78,21 +78,21 @@ kernel void add_norm(
 // A simdgroup walks over 16 rows, and writes their sums for dbias, dgamma and dbeta: the host adds
 // those up, so the order of every sum is fixed.
 kernel void add_norm_backward(
-    const device element* dout [[buffer(0)]],
-    const device element* dnormed [[buffer(1)]],
-    const device element* out [[buffer(2)]],
+    const device element_type* dout [[buffer(0)]],
+    const device element_type* dnormed [[buffer(1)]],
+    const device element_type* out [[buffer(2)]],
     const device float* moments [[buffer(3)]],
     const device norm_type* gamma [[buffer(4)]],
-    device element* dh [[buffer(5)]],
-    device branch* dy [[buffer(6)]],
+    device element_type* dh [[buffer(5)]],
+    device branch_type* dy [[buffer(6)]],
     device float* sums [[buffer(7)]],  // (ceil(T / 16), 3, COLUMNS)
     const device uint* seed [[buffer(8)]],
     constant long* size [[buffer(9)]],
     constant float* factor [[buffer(10)]],
     uint3 group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  const int part = int(group.x * SIMDGROUPS + simdgroup), rows = int(size[ROWS]);
+  const int part = int(group.x * SIMDGROUPS + simdgroup_index), rows = int(size[ROWS]);
   const int begin = part * ROWS_OF_A_SUM, end = min(rows, begin + ROWS_OF_A_SUM);
   if (begin >= rows) return;
 
@@ -125,8 +125,8 @@ kernel void add_norm_backward(
         const float g = float(dnormed[at + column]) * float(gamma[column]);
         const float dx = float(dout[at + column]) + (g - mean_g - c * mean_gc) * inverse;
         const float dbranch = dropped(dx, block, i, uint(size[THRESHOLD]), factor[0]);
-        dh[at + column] = element(dx);
-        dy[at + column] = branch(dbranch);
+        dh[at + column] = element_type(dx);
+        dy[at + column] = branch_type(dbranch);
         dbias[j] += dbranch;
       }
     }

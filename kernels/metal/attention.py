@@ -19,7 +19,7 @@ ROWS = 32  # of a threadgroup: 8 for each of its simdgroups
 
 def _kernel(name: str, q: Tensor, threshold: int, causal: bool) -> Any:
     return shaders.kernel(
-        q.device.type, name, *FILES, element=shaders.ELEMENTS[q.dtype], HEAD_DIM=q.shape[-1],
+        q.device.type, name, *FILES, element_type=shaders.ELEMENTS[q.dtype], HEAD_DIM=q.shape[-1],
         DROPOUT=int(threshold > 0), CAUSAL=int(causal),
     )  # fmt: skip
 

@@ -9,12 +9,12 @@
 
 // A simdgroup owns 8 queries of one head and walks over the keys. Also writes delta.
 kernel void attention_dq(
-    const device element* q [[buffer(0)]],
-    const device element* k [[buffer(1)]],
-    const device element* v [[buffer(2)]],
-    const device element* out [[buffer(3)]],
-    const device element* dout [[buffer(4)]],
-    device element* dq [[buffer(5)]],
+    const device element_type* q [[buffer(0)]],
+    const device element_type* k [[buffer(1)]],
+    const device element_type* v [[buffer(2)]],
+    const device element_type* out [[buffer(3)]],
+    const device element_type* dout [[buffer(4)]],
+    device element_type* dq [[buffer(5)]],
     const device float* lse [[buffer(6)]], // (H, T), as is delta
     device float* delta [[buffer(7)]],
     const device int* starts [[buffer(8)]],
@@ -23,11 +23,11 @@ kernel void attention_dq(
     constant long* size [[buffer(11)]],
     constant float* factor [[buffer(12)]], // scale log2(e), 1 / keep probability, scale
     uint3 group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   const int sequence = int(group.z), head = int(group.y);
   const int n = min(lens[sequence], int(size[MAX_SEQLEN]));
-  const int q0 = int(group.x * SIMDGROUPS + simdgroup) * 8;
+  const int q0 = int(group.x * SIMDGROUPS + simdgroup_index) * 8;
   if (q0 >= n) return;
 
   const long start = starts[sequence];
@@ -42,13 +42,13 @@ kernel void attention_dq(
   const int k_row = int(size[K_ROW]), v_row = int(size[V_ROW]);
   const int query = q0 + tile_row(lane), col = tile_col(lane);
 
-  tile queries[DIMS], douts[DIMS], sum[DIMS];
+  tile_t queries[DIMS], douts[DIMS], sum[DIMS];
   float product = 0.0f;
   UNROLL for (int d = 0; d < DIMS; d++) {
-    queries[d] = load(q, int(size[Q_ROW]), q0, n, d * 8, lane);
-    douts[d] = load(dout, int(size[DOUT_ROW]), q0, n, d * 8, lane);
-    tile outs = load(out, int(size[OUT_ROW]), q0, n, d * 8, lane);
-    sum[d] = zeros();
+    queries[d] = load_tile(q, int(size[Q_ROW]), q0, n, d * 8, lane);
+    douts[d] = load_tile(dout, int(size[DOUT_ROW]), q0, n, d * 8, lane);
+    tile_t outs = load_tile(out, int(size[OUT_ROW]), q0, n, d * 8, lane);
+    sum[d] = zero_tile();
     UNROLL for (int e = 0; e < 2; e++)
       product += outs.thread_elements()[e] * douts[d].thread_elements()[e];
   }
@@ -66,10 +66,10 @@ kernel void attention_dq(
     UNROLL for (int j = 0; j < 4; j++) {
       const int key = k0 + j * 8;
       if (key >= end) continue;
-      tile scores = zeros(), dweights = zeros();
+      tile_t scores = zero_tile(), dweights = zero_tile();
       UNROLL for (int d = 0; d < DIMS; d++) {
-        const tile keys = load_transposed(k, k_row, key, n, d * 8, lane);
-        const tile values = load_transposed(v, v_row, key, n, d * 8, lane);
+        const tile_t keys = load_tile_transposed(k, k_row, key, n, d * 8, lane);
+        const tile_t values = load_tile_transposed(v, v_row, key, n, d * 8, lane);
         simdgroup_multiply_accumulate(scores, queries[d], keys, scores);
         simdgroup_multiply_accumulate(dweights, douts[d], values, dweights);
       }
@@ -83,24 +83,24 @@ kernel void attention_dq(
         scores.thread_elements()[e] = seen ? weight * (dweight - product) : 0.0f;
       }
       UNROLL for (int d = 0; d < DIMS; d++) {
-        const tile keys = load(k, k_row, key, n, d * 8, lane);
+        const tile_t keys = load_tile(k, k_row, key, n, d * 8, lane);
         simdgroup_multiply_accumulate(sum[d], scores, keys, sum[d]);
       }
     }
   }
   UNROLL for (int d = 0; d < DIMS; d++)
-    store(dq, int(size[DQ_ROW]), q0, n, d * 8, sum[d], factor[2], lane);
+    store_tile(dq, int(size[DQ_ROW]), q0, n, d * 8, sum[d], factor[2], lane);
 }
 
 // A simdgroup owns 8 keys of one head and walks over the queries. Tiles of scores are held
 // transposed: a row is a key, a column a query.
 kernel void attention_dkdv(
-    const device element* q [[buffer(0)]],
-    const device element* k [[buffer(1)]],
-    const device element* v [[buffer(2)]],
-    const device element* dout [[buffer(3)]],
-    device element* dk [[buffer(4)]],
-    device element* dv [[buffer(5)]],
+    const device element_type* q [[buffer(0)]],
+    const device element_type* k [[buffer(1)]],
+    const device element_type* v [[buffer(2)]],
+    const device element_type* dout [[buffer(3)]],
+    device element_type* dk [[buffer(4)]],
+    device element_type* dv [[buffer(5)]],
     const device float* lse [[buffer(6)]],
     const device float* delta [[buffer(7)]],
     const device int* starts [[buffer(8)]],
@@ -109,11 +109,11 @@ kernel void attention_dkdv(
     constant long* size [[buffer(11)]],
     constant float* factor [[buffer(12)]],
     uint3 group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   const int sequence = int(group.z), head = int(group.y);
   const int n = min(lens[sequence], int(size[MAX_SEQLEN]));
-  const int k0 = int(group.x * SIMDGROUPS + simdgroup) * 8;
+  const int k0 = int(group.x * SIMDGROUPS + simdgroup_index) * 8;
   if (k0 >= n) return;
 
   const long start = starts[sequence];
@@ -128,12 +128,12 @@ kernel void attention_dkdv(
   const int q_row = int(size[Q_ROW]), dout_row = int(size[DOUT_ROW]);
   const int row = tile_row(lane), key = k0 + row, col = tile_col(lane);
 
-  tile keys[DIMS], values[DIMS], sum_k[DIMS], sum_v[DIMS];
+  tile_t keys[DIMS], values[DIMS], sum_k[DIMS], sum_v[DIMS];
   UNROLL for (int d = 0; d < DIMS; d++) {
-    keys[d] = load(k, int(size[K_ROW]), k0, n, d * 8, lane);
-    values[d] = load(v, int(size[V_ROW]), k0, n, d * 8, lane);
-    sum_k[d] = zeros();
-    sum_v[d] = zeros();
+    keys[d] = load_tile(k, int(size[K_ROW]), k0, n, d * 8, lane);
+    values[d] = load_tile(v, int(size[V_ROW]), k0, n, d * 8, lane);
+    sum_k[d] = zero_tile();
+    sum_v[d] = zero_tile();
   }
   // With a causal mask the first query to see these keys is k0, whose step of 32 begins here.
   for (int q0 = CAUSAL ? k0 / SPAN * SPAN : 0; q0 < n; q0 += SPAN) {
@@ -144,10 +144,10 @@ kernel void attention_dkdv(
     UNROLL for (int j = 0; j < 4; j++) {
       const int first = q0 + j * 8;
       if (first >= n || (CAUSAL && first < k0)) continue;
-      tile scores = zeros(), dweights = zeros();
+      tile_t scores = zero_tile(), dweights = zero_tile();
       UNROLL for (int d = 0; d < DIMS; d++) {
-        const tile queries = load_transposed(q, q_row, first, n, d * 8, lane);
-        const tile douts = load_transposed(dout, dout_row, first, n, d * 8, lane);
+        const tile_t queries = load_tile_transposed(q, q_row, first, n, d * 8, lane);
+        const tile_t douts = load_tile_transposed(dout, dout_row, first, n, d * 8, lane);
         simdgroup_multiply_accumulate(scores, keys[d], queries, scores);
         simdgroup_multiply_accumulate(dweights, values[d], douts, dweights);
       }
@@ -167,15 +167,15 @@ kernel void attention_dkdv(
         dweights.thread_elements()[e] = dscore;
       }
       UNROLL for (int d = 0; d < DIMS; d++) {
-        const tile douts = load(dout, dout_row, first, n, d * 8, lane);
-        const tile queries = load(q, q_row, first, n, d * 8, lane);
+        const tile_t douts = load_tile(dout, dout_row, first, n, d * 8, lane);
+        const tile_t queries = load_tile(q, q_row, first, n, d * 8, lane);
         simdgroup_multiply_accumulate(sum_v[d], scores, douts, sum_v[d]);
         simdgroup_multiply_accumulate(sum_k[d], dweights, queries, sum_k[d]);
       }
     }
   }
   UNROLL for (int d = 0; d < DIMS; d++) {
-    store(dk, int(size[DK_ROW]), k0, n, d * 8, sum_k[d], factor[2], lane);
-    store(dv, int(size[DV_ROW]), k0, n, d * 8, sum_v[d], 1.0f, lane);
+    store_tile(dk, int(size[DK_ROW]), k0, n, d * 8, sum_k[d], factor[2], lane);
+    store_tile(dv, int(size[DV_ROW]), k0, n, d * 8, sum_v[d], 1.0f, lane);
   }
 }

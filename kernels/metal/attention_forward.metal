@@ -7,10 +7,10 @@
 #define LOWEST -1e30f  // finite: -INFINITY - -INFINITY would be NaN
 
 kernel void attention_forward(
-    const device element* q [[buffer(0)]],
-    const device element* k [[buffer(1)]],
-    const device element* v [[buffer(2)]],
-    device element* out [[buffer(3)]],
+    const device element_type* q [[buffer(0)]],
+    const device element_type* k [[buffer(1)]],
+    const device element_type* v [[buffer(2)]],
+    device element_type* out [[buffer(3)]],
     device float* lse [[buffer(4)]],       // (H, T), base 2, of the scaled scores
     const device int* starts [[buffer(5)]],
     const device int* lens [[buffer(6)]],
@@ -18,11 +18,11 @@ kernel void attention_forward(
     constant long* size [[buffer(8)]],
     constant float* factor [[buffer(9)]],  // scale log2(e), 1 / keep probability
     uint3 group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   const int sequence = int(group.z), head = int(group.y);
   const int n = min(lens[sequence], int(size[MAX_SEQLEN]));
-  const int q0 = int(group.x * SIMDGROUPS + simdgroup) * 8;
+  const int q0 = int(group.x * SIMDGROUPS + simdgroup_index) * 8;
   if (q0 >= n) return;
 
   const long start = starts[sequence];
@@ -34,22 +34,22 @@ kernel void attention_forward(
   const int k_row = int(size[K_ROW]), v_row = int(size[V_ROW]);
   const int query = q0 + tile_row(lane), col = tile_col(lane);
 
-  tile queries[DIMS], sum_v[DIMS];
+  tile_t queries[DIMS], sum_v[DIMS];
   UNROLL for (int d = 0; d < DIMS; d++) {
-    queries[d] = load(q, int(size[Q_ROW]), q0, n, d * 8, lane);
-    sum_v[d] = zeros();
+    queries[d] = load_tile(q, int(size[Q_ROW]), q0, n, d * 8, lane);
+    sum_v[d] = zero_tile();
   }
   float maximum = LOWEST, total = 0.0f;
   const int end = CAUSAL ? min(n, q0 + 8) : n;
   for (int k0 = 0; k0 < end; k0 += SPAN) {
-    tile scores[4];
+    tile_t scores[4];
     float largest = LOWEST;
     UNROLL for (int j = 0; j < 4; j++) {
       const int key = k0 + j * 8;
-      scores[j] = zeros();
+      scores[j] = zero_tile();
       if (key < end) {
         UNROLL for (int d = 0; d < DIMS; d++) {
-          const tile keys = load_transposed(k, k_row, key, n, d * 8, lane);
+          const tile_t keys = load_tile_transposed(k, k_row, key, n, d * 8, lane);
           simdgroup_multiply_accumulate(scores[j], queries[d], keys, scores[j]);
         }
       }
@@ -84,13 +84,13 @@ kernel void attention_forward(
       UNROLL for (int e = 0; e < 2; e++) sum_v[d].thread_elements()[e] *= shrink;
       UNROLL for (int j = 0; j < 4; j++) {
         if (k0 + j * 8 < end) {
-          const tile values = load(v, v_row, k0 + j * 8, n, d * 8, lane);
+          const tile_t values = load_tile(v, v_row, k0 + j * 8, n, d * 8, lane);
           simdgroup_multiply_accumulate(sum_v[d], scores[j], values, sum_v[d]);
         }
       }
     }
   }
   UNROLL for (int d = 0; d < DIMS; d++)
-    store(out, int(size[OUT_ROW]), q0, n, d * 8, sum_v[d], 1.0f / total, lane);
+    store_tile(out, int(size[OUT_ROW]), q0, n, d * 8, sum_v[d], 1.0f / total, lane);
   if (col == 0 && query < n) lse[query] = maximum + log2(total);
 }

@@ -1,5 +1,5 @@
 // out = dropout(act(u + bias)): a thread makes eight columns of a row, act is ReLU or GELU (erf).
-// Specialised: element (of u and out), bias_type, GELU 0 or 1. Needs philox.metal and rows.metal.
+// Specialised: element_type (of u and out), bias_type, GELU 0 or 1. Needs philox.metal, rows.metal.
 
 enum BiasActSize { ROWS, COLUMNS, THRESHOLD, U_ROW };
 
@@ -28,9 +28,9 @@ inline float act_slope(float x) {
 }
 
 kernel void bias_act(
-    const device element* u [[buffer(0)]],
+    const device element_type* u [[buffer(0)]],
     const device bias_type* bias [[buffer(1)]],
-    device element* out [[buffer(2)]],
+    device element_type* out [[buffer(2)]],
     const device uint* seed [[buffer(3)]],
     constant long* size [[buffer(4)]],
     constant float* factor [[buffer(5)]], // 1 / keep probability
@@ -46,16 +46,16 @@ kernel void bias_act(
   UNROLL for (int i = 0; i < 8; i++) {
     if (i >= end) break;
     const float x = act(float(u[i]) + float(bias[i]));
-    out[i] = element(dropped(x, block, i, uint(size[THRESHOLD]), factor[0]));
+    out[i] = element_type(dropped(x, block, i, uint(size[THRESHOLD]), factor[0]));
   }
 }
 
 // A thread walks over 16 rows of its eight columns, and writes their sums for dbias.
 kernel void bias_act_backward(
-    const device element* dout [[buffer(0)]],
-    const device element* u [[buffer(1)]],
+    const device element_type* dout [[buffer(0)]],
+    const device element_type* u [[buffer(1)]],
     const device bias_type* bias [[buffer(2)]],
-    device element* du [[buffer(3)]],
+    device element_type* du [[buffer(3)]],
     device float* sums [[buffer(4)]],  // (ceil(T / 16), columns)
     const device uint* seed [[buffer(5)]],
     constant long* size [[buffer(6)]],
@@ -75,7 +75,7 @@ kernel void bias_act_backward(
       const float grad = float(dout[to + i]);
       const float slope = act_slope(float(u[from + i]) + float(bias[column + i]));
       const float g = dropped(grad, block, i, uint(size[THRESHOLD]), factor[0]) * slope;
-      du[to + i] = element(g);
+      du[to + i] = element_type(g);
       sum[i] += g;
     }
   }

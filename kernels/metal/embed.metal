@@ -1,5 +1,5 @@
 // h = dropout(table[id] sqrt(d) + pe[position]): a thread makes eight columns of a row.
-// Specialised: table_type, pe_type, element (of h). Needs philox.metal and rows.metal.
+// Specialised: table_type, pe_type, element_type (of h). Needs philox.metal and rows.metal.
 
 enum EmbedSize { ROWS, COLUMNS, THRESHOLD, TABLE_ROW, PE_ROW };
 
@@ -8,7 +8,7 @@ kernel void embed(
     const device int* positions [[buffer(1)]],
     const device table_type* table [[buffer(2)]],
     const device pe_type* pe [[buffer(3)]],
-    device element* out [[buffer(4)]],
+    device element_type* out [[buffer(4)]],
     const device uint* seed [[buffer(5)]],
     constant long* size [[buffer(6)]],
     constant float* factor [[buffer(7)]], // sqrt(d), 1 / keep probability
@@ -24,7 +24,7 @@ kernel void embed(
   UNROLL for (int i = 0; i < 8; i++) {
     if (i >= end) break;
     const float x = float(table[i]) * factor[0] + float(pe[i]);
-    out[i] = element(dropped(x, block, i, uint(size[THRESHOLD]), factor[1]));
+    out[i] = element_type(dropped(x, block, i, uint(size[THRESHOLD]), factor[1]));
   }
 }
 
@@ -33,7 +33,7 @@ kernel void embed(
 kernel void embed_backward(
     const device int* ids [[buffer(0)]],   // sorted
     const device long* order [[buffer(1)]],
-    const device element* dout [[buffer(2)]],
+    const device element_type* dout [[buffer(2)]],
     device table_type* dtable [[buffer(3)]],
     const device uint* seed [[buffer(4)]],
     constant long* size [[buffer(5)]],
@@ -49,7 +49,7 @@ kernel void embed_backward(
   for (int at = first; at < rows && ids[at] == id; at++) {
     const int row = int(order[at]);
     const uint4 block = row_block(seed, column / 8, row);
-    const device element* grad = dout + row * size[COLUMNS] + column;
+    const device element_type* grad = dout + row * size[COLUMNS] + column;
     UNROLL for (int i = 0; i < 8; i++) {
       if (i >= end) break;
       sum[i] += dropped(float(grad[i]), block, i, uint(size[THRESHOLD]), factor[1]);

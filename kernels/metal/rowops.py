@@ -62,7 +62,7 @@ EMBED = ("philox", "rows", "embed")
 
 def _embed_types(table: Tensor, out: Tensor, threshold: int) -> dict[str, Any]:
     return {
-        "table_type": _element(table.dtype), "element": _element(out.dtype),
+        "table_type": _element(table.dtype), "element_type": _element(out.dtype),
         "DROPOUT": int(threshold > 0),
     }  # fmt: skip
 
@@ -151,7 +151,7 @@ def _add_norm_kernel(
     name: str, h: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, threshold: int
 ) -> Any:
     return shaders.kernel(
-        h.device.type, name, *ADD_NORM, element=_element(h.dtype), branch=_element(y.dtype),
+        h.device.type, name, *ADD_NORM, element_type=_element(h.dtype), branch_type=_element(y.dtype),
         bias_type=_element(bias.dtype), norm_type=_element(gamma.dtype), COLUMNS=h.shape[1],
         DROPOUT=int(threshold > 0),
     )  # fmt: skip
@@ -237,7 +237,7 @@ BIAS_ACT = ("philox", "rows", "bias_act")
 
 def _bias_act_kernel(name: str, u: Tensor, bias: Tensor, threshold: int, gelu: bool) -> Any:
     return shaders.kernel(
-        u.device.type, name, *BIAS_ACT, element=_element(u.dtype),
+        u.device.type, name, *BIAS_ACT, element_type=_element(u.dtype),
         bias_type=_element(bias.dtype), DROPOUT=int(threshold > 0), GELU=int(gelu),
     )  # fmt: skip
 

@@ -30,8 +30,7 @@ def compiler(device_type: str) -> Callable[[str], Any]:
 
 
 def source(*files: str, **defined: str | int) -> str:
-    """The text to compile: its specialisation, then the files. `element` is a type, not a macro:
-    the standard library uses short names itself."""
+    """The text to compile: its specialisation (types by name, then numbers), and the files."""
     head = [
         "#include <metal_stdlib>",
         "#include <metal_simdgroup_matrix>",

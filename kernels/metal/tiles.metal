@@ -1,7 +1,7 @@
 // What the attention kernels share: tiles of 8 x 8 in the registers of a simdgroup.
 //
-// Specialised by text: `element` is the type in memory, HEAD_DIM any size, DROPOUT and CAUSAL 0 or 1.
-// Everything is computed in float. One simdgroup owns 8 rows of its result, four of them make a
+// Specialised by text: element_type is the type in memory, HEAD_DIM any size, DROPOUT and CAUSAL 0
+// or 1. Everything is computed in float. One simdgroup owns 8 rows of its result, four of them make a
 // threadgroup; they share nothing, so there is no threadgroup memory, no barrier and no atomic.
 
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -10,12 +10,12 @@
 #define DIMS ((HEAD_DIM + 7) / 8) // tiles across a head
 
 // What the host passes as `size`. Strides are in elements; a head's HEAD_DIM elements are neighbours.
-enum Size {
+enum AttentionSize {
   ROWS, MAX_SEQLEN, THRESHOLD, Q_ROW, Q_HEAD, K_ROW, K_HEAD, V_ROW, V_HEAD, OUT_ROW, OUT_HEAD,
   DOUT_ROW, DOUT_HEAD, DQ_ROW, DQ_HEAD, DK_ROW, DK_HEAD, DV_ROW, DV_HEAD // of the backward pass
 };
 
-typedef simdgroup_matrix<float, 8, 8> tile;
+typedef simdgroup_matrix<float, 8, 8> tile_t;
 
 // Of a tile, a lane holds two neighbours of one row. Apple documents no layout; this is the one that
 // MLX and PyTorch rely on, and the first use on a machine probes it.
@@ -33,38 +33,39 @@ inline float row_sum(float x) {
   return x + simd_shuffle_xor(x, ushort(8));
 }
 
-inline tile zeros() { return make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+inline tile_t zero_tile() { return make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
 
 // One element of x (rows, HEAD_DIM), 0 outside. What lies beyond a sequence may be NaN, or no memory.
-inline float at(const device element* x, int stride, int row, int rows, int dim) {
+inline float element_at(const device element_type* x, int stride, int row, int rows, int dim) {
   const bool there = row < rows && (HEAD_DIM % 8 == 0 || dim < HEAD_DIM);
   return there ? float(x[row * stride + dim]) : 0.0f;
 }
 
 // Rows row ... row + 7 and columns dim ... dim + 7 of x.
-inline tile load(const device element* x, int stride, int row, int rows, int dim, uint lane) {
+inline tile_t load_tile(const device element_type* x, int stride, int row, int rows, int dim,
+                        uint lane) {
   const int r = row + tile_row(lane), c = dim + tile_col(lane);
-  tile t = zeros();
-  UNROLL for (int e = 0; e < 2; e++) t.thread_elements()[e] = at(x, stride, r, rows, c + e);
+  tile_t t = zero_tile();
+  UNROLL for (int e = 0; e < 2; e++) t.thread_elements()[e] = element_at(x, stride, r, rows, c + e);
   return t;
 }
 
 // The same, transposed.
-inline tile load_transposed(const device element* x, int stride, int row, int rows, int dim,
-                            uint lane) {
+inline tile_t load_tile_transposed(const device element_type* x, int stride, int row, int rows,
+                                   int dim, uint lane) {
   const int r = row + tile_col(lane), c = dim + tile_row(lane);
-  tile t = zeros();
-  UNROLL for (int e = 0; e < 2; e++) t.thread_elements()[e] = at(x, stride, r + e, rows, c);
+  tile_t t = zero_tile();
+  UNROLL for (int e = 0; e < 2; e++) t.thread_elements()[e] = element_at(x, stride, r + e, rows, c);
   return t;
 }
 
 // A lane's two elements, times `factor`, to x (rows, HEAD_DIM).
-inline void store(device element* x, int stride, int row, int rows, int dim, tile t, float factor,
-                  uint lane) {
+inline void store_tile(device element_type* x, int stride, int row, int rows, int dim, tile_t t,
+                       float factor, uint lane) {
   const int r = row + tile_row(lane), c = dim + tile_col(lane);
   UNROLL for (int e = 0; e < 2; e++) {
     if (r < rows && (HEAD_DIM % 8 == 0 || c + e < HEAD_DIM))
-      x[r * stride + c + e] = element(t.thread_elements()[e] * factor);
+      x[r * stride + c + e] = element_type(t.thread_elements()[e] * factor);
   }
 }
 

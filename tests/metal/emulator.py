@@ -157,14 +157,14 @@ def _runtime() -> Path:
 
 
 class ShaderLibrary:
-    """As torch's: its kernels are attributes. `elements`: what `element` stands for."""
+    """As torch's: its kernels are attributes."""
 
     def __init__(self, source: str, checked: bool = True, prelude: str = "") -> None:
         if not source.isascii():
             raise SyntaxError("the source is not ASCII, which is what torch hands to Metal")
         self._kernels = {k.name: k for k in kernels(source, checked)}
-        alias = re.search(r"typedef (\w+) element;", source)
-        self._types = {**DTYPES, "element": DTYPES.get(alias[1]) if alias else None}
+        aliases = re.findall(r"typedef (\w+) (\w+);", source)
+        self._types = DTYPES | {name: DTYPES[kind] for kind, name in aliases if kind in DTYPES}
         parts = ['#include "metal_stdlib.h"', prelude, "using namespace metal;"]
         parts += ['#line 1 "kernel.metal"', translate(source, checked)]
         parts += [
@@ -189,7 +189,7 @@ class Launch:
 
     order = FORWARD  # of every launch
 
-    def __init__(self, kernel: Kernel, function: Any, types: dict[str, torch.dtype | None]) -> None:
+    def __init__(self, kernel: Kernel, function: Any, types: dict[str, torch.dtype]) -> None:
         self.kernel, self.function, self.types = kernel, function, types
         self.function.restype = ctypes.c_char_p
 
