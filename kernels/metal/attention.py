@@ -69,7 +69,7 @@ def _forward(
     starts, lens = _ints(starts), _ints(lens)
     # Zeros: no simdgroup owns the rows outside every sequence.
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)
+    lse = torch.zeros(q.shape[1], len(q), dtype=torch.float32, device=q.device)
     if grid := _grid(q, lens, max_seqlen):
         size = [len(q), max_seqlen, threshold, *_strides(q, k, v, out)]
         factor = [scale * math.log2(math.e), keep_scale(threshold)]
@@ -116,7 +116,7 @@ def _packed_shapes(qkv: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 @operator(f"attention(Tensor qkv, {OPTIONS}) -> (Tensor, Tensor)", _packed_shapes)
 def attention(qkv: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """qkv (T, 3, H, D) -> out (T, H, D) and lse (H, T) float32, base 2, unwritten in dead rows."""
+    """qkv (T, 3, H, D) -> out (T, H, D) and lse (H, T) float32, to base 2, 0 in dead rows."""
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (T, 3, H, D)")
     return _forward(*qkv.unbind(1), *options)

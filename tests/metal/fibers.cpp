@@ -93,11 +93,6 @@ struct Failure {};
 
 void pause() { change(current->context, scheduler); }
 
-void open_barrier() {
-  at_barrier = 0;
-  barriers_passed++;
-}
-
 void enter() {
   try {
     body(body_arguments, body_group, body_threads, current->thread);
@@ -106,7 +101,6 @@ void enter() {
   current->done = true;
   alive--;
   progress++;
-  if (at_barrier && at_barrier == alive) open_barrier();
   for (;;) pause();
 }
 
@@ -131,10 +125,12 @@ void threadgroup_barrier_at(int line) {
   else if (barrier_line != line)
     fail("threads of a threadgroup wait at different barriers", line);
   progress++;
-  if (++at_barrier == alive)
-    open_barrier();
-  else
+  if (++at_barrier == (int)fibers.size()) {  // all of them: one that has returned is an error
+    at_barrier = 0;
+    barriers_passed++;
+  } else {
     while (barriers_passed == mine) pause();
+  }
 }
 
 Slot* exchange(const void* value, int bytes, Combine combine, int line) {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include "fibers.h"
 
+typedef uint8_t uchar;
 typedef uint32_t uint;
 typedef uint16_t ushort_;  // glibc has a ushort and a ulong of its own
 typedef uint64_t ulong_;

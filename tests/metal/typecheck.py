@@ -1,7 +1,7 @@
 """Type-checks Metal sources with clang as a C++14 front end: what Apple's compiler would refuse.
 
 Found: pointers without or across address spaces, functions and overloads that Metal lacks, doubles,
-text that is not ASCII. Not covered: whatever is Apple's own beyond C++ (attributes, resource limits).
+text that is not ASCII. Not covered: what is Apple's own beyond C++ (attributes, resource limits).
 """
 
 from __future__ import annotations
