@@ -34,7 +34,8 @@ def predict_logits(
     model.eval()
     rows: list[tuple[np.ndarray, Tensor]] = []
     for indices in by_length(ids, batch_size):
-        batch = pack(ids.select(indices)).to(device)
+        multiple = devices.token_multiple(device)
+        batch = pack(ids.select(indices), token_multiple=multiple).to(device)
         with devices.autocast(device, precision):
             rows.append((indices, model(**batch.model_inputs()).float()))
     if not rows:

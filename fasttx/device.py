@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import subprocess
@@ -42,6 +43,50 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def token_multiple(device: torch.device) -> int:
+    """What to round the rows of a batch up to. MPS caches one program for every shape it meets and
+    frees none, so there batches come in few sizes; elsewhere a batch is as long as its texts."""
+    return 512 if device.type == "mps" else 1
+
+
+class Uploads:
+    """Copies to a device that the host does not wait for: of tensors and of packed batches.
+
+    On MPS such a copy reads its source when the GPU gets to it, and torch before 2.13 does not keep
+    the source alive until then (pytorch #189690). So sources are kept here, until a wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kept: list[Any] = []
+
+    def __call__(self, x: Any) -> Any:
+        if self.device.type == "mps":
+            self.kept.append(x)
+        return x.to(self.device, non_blocking=True)
+
+    def waited(self) -> None:
+        """Say so after the host has waited for the device."""
+        self.kept.clear()
+
+
+@functools.cache
+def fused_steps_heed_overflow(device: torch.device) -> bool:
+    """Whether torch's fused optimisers skip a step when the gradient scaler found an overflow.
+
+    On MPS they ignored that (pytorch #186360), so it is tried.
+    """
+    weight = torch.nn.Parameter(torch.ones(1, device=device))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    optimizer.found_inf = torch.ones((), device=device)  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    except RuntimeError:
+        return False
+    return weight.item() == 1.0
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

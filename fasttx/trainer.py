@@ -75,16 +75,19 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay falls on matrices, not on biases and norms. Fused: one pass over the weights."""
+    """Weight decay falls on matrices, not on biases and norms. Fused: one pass over the weights,
+    where that is safe beside a gradient scaler."""
+    device = next(model.parameters()).device
+    fused = config.precision != "fp16" or devices.fused_steps_heed_overflow(device)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.dim() > 1]},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     decay = config.weight_decay
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, config.lr, weight_decay=decay, fused=True)
+        return torch.optim.SGD(groups, config.lr, weight_decay=decay, fused=fused)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, config.lr, betas=(0.9, config.beta2), weight_decay=decay, fused=True)
+    return kind(groups, config.lr, betas=(0.9, config.beta2), weight_decay=decay, fused=fused)
 
 
 def drop_words(ids: RaggedIds, p: float, stream: tuple[int, ...]) -> RaggedIds:
@@ -110,6 +113,7 @@ class Trainer:
         module: nn.Module = processes.wrap(model, device)
         self.module: Any = torch.compile(module, dynamic=True) if self.config.compile else module
         self.progress = Progress()
+        self._upload = devices.Uploads(device)
         self._totals = torch.zeros(3, dtype=self._sum_dtype(), device=device)
         self._stop = False
         self._saved_at = time.perf_counter()
@@ -159,6 +163,7 @@ class Trainer:
     def _read_totals(self) -> None:
         """The one wait for the device: at log lines, checkpoints and the end of an epoch."""
         self.progress.totals = self.processes.sum(self._totals).tolist()
+        self._upload.waited()
         if not math.isfinite(self.progress.totals[0]):
             raise DivergedError(
                 f"the loss is {self.progress.totals[0]} in epoch {self.progress.epoch + 1}, before "
@@ -234,13 +239,14 @@ class Trainer:
         stream = (config.seed, WORD_DROPOUT_STREAM, progress.epoch, number, processes.rank)
         mine = processes.share(indices)
         ids = drop_words(train.ids.select(mine), config.word_dropout, stream)
-        batch = pack(ids, train.labels[mine]).to(self.device, non_blocking=True)
+        multiple = devices.token_multiple(self.device)
+        batch = self._upload(pack(ids, train.labels[mine], token_multiple=multiple))
         labels = batch.labels
         assert labels is not None  # they were packed just above
         seed = forward_seed(config.seed, progress.micro_step, processes.rank)
         torch.manual_seed(seed)  # for backends that draw from torch's generator
         with devices.autocast(self.device, config.precision):
-            at = torch.tensor(seed, device=self.device)
+            at = self._upload(torch.tensor(seed))
             logits = self.module(**batch.model_inputs(), seed=at)
         smoothing = config.label_smoothing
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")

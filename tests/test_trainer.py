@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from fasttx.checkpoint import CheckpointError, Progress, RunConfig, RunFolder, load_state
 from fasttx.classifier import predict_logits
 from fasttx.config import ModelConfig, TrainConfig
+from fasttx.device import Uploads
 from fasttx.distributed import Processes
 from fasttx.model import TransformerClassifier
 from fasttx.packing import RaggedIds, pack, shuffled_batches
@@ -221,3 +223,80 @@ def test_it_learns(tmp_path: Path, examples: Examples) -> None:
     history = trainer.fit(examples, examples).history
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
     assert trainer.progress.best["val_accuracy"] > 0.95
+
+
+# ------------------------------------------------------------------------- what MPS asks of a run
+
+
+def test_rounding_batches_up_changes_no_result(tmp_path, examples, monkeypatch):
+    """Masks count from a text's own beginning and its own row, so a dead tail moves none."""
+    settings = {"epochs": 1, "batch_size": 16, "model": replace(MODEL, attn_backend="reference")}
+    plain = make_trainer(tmp_path / "plain", **settings)
+    plain.fit(examples, examples)
+    shapes = set()
+    monkeypatch.setattr("fasttx.device.token_multiple", lambda device: 64)
+    rounded = make_trainer(tmp_path / "rounded", **settings)
+    rounded.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.add(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    rounded.fit(examples, examples)
+    assert all(rows % 64 == 0 for rows in shapes)
+    mine, theirs = (trainer.progress.history[0] for trainer in (rounded, plain))
+    assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-5)
+    assert mine["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-5)
+
+
+class Keeping(Uploads):
+    """As on MPS, to the CPU."""
+
+    def __call__(self, x):
+        self.kept.append(x)
+        return x
+
+
+def test_uploads_are_kept_until_the_host_has_waited(tmp_path, examples):
+    trainer = make_trainer(tmp_path / "run", epochs=1, batch_size=16, log_every=3)
+    trainer._upload = Keeping(torch.device("cpu"))
+    counts = []
+    trainer._train_epoch(examples, lambda *_: counts.append(len(trainer._upload.kept)))
+    # A batch and a seed each step; every third step writes a log line, and so has waited.
+    assert counts == [2, 4, 6, 2, 4, 6, 2, 4, 6, 2]
+    trainer._read_totals()
+    assert trainer._upload.kept == []
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("mps", 1), ("cuda", 0), ("cpu", 0)])
+def test_where_uploads_are_kept(kind, kept):
+    class Sent:
+        def to(self, device, non_blocking):
+            assert device == torch.device(kind) and non_blocking
+            return "there"
+
+    upload = Uploads(torch.device(kind))
+    assert upload(Sent()) == "there"
+    assert len(upload.kept) == kept
+
+
+@pytest.mark.parametrize(("precision", "heeds", "fused"), [
+    ("fp16", True, True), ("fp16", False, False), ("fp32", False, True), ("bf16", False, True),
+])  # fmt: skip
+def test_no_fused_step_that_ignores_an_overflow(monkeypatch, precision, heeds, fused):
+    monkeypatch.setattr("fasttx.device.fused_steps_heed_overflow", lambda device: heeds)
+    model = TransformerClassifier.from_config(MODEL)
+    optimizer = make_optimizer(model, TrainConfig(precision=precision))
+    assert optimizer.defaults["fused"] is fused
+
+
+def test_fused_steps_are_tried(monkeypatch):
+    from fasttx import device
+
+    cpu = torch.device("cpu")
+    assert device.fused_steps_heed_overflow.__wrapped__(cpu)
+    step = torch.optim.SGD.step
+
+    def careless(self):
+        del self.found_inf
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", careless)
+    assert not device.fused_steps_heed_overflow.__wrapped__(cpu)

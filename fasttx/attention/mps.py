@@ -180,6 +180,11 @@ def _attention_of(x: Tensor) -> Any:
     return lean
 
 
+def _length(adapter: Any, max_seqlen: int) -> int:
+    """torch keeps a program for every shape on MPS: the lean path's matrices come in few sizes."""
+    return -(-max_seqlen // 64) * 64 if adapter is lean else max_seqlen
+
+
 def _rows_of(x: Tensor) -> RowOps:
     if _metal("rowops", x.device.type, x.dtype):
         from fasttx.attention import metal
@@ -206,15 +211,20 @@ def attention_qkv(
     Rows outside every sequence come out 0, and so do their gradients, whatever they hold.
     seed: () int64 tensor, needed where dropout_p > 0.
     """
-    return _attention_of(q).attention_qkv(
-        q, k, v, seq_starts, seq_lens,
-        max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed, causal=causal, scale=scale,
+    adapter = _attention_of(q)
+    return adapter.attention_qkv(
+        q, k, v, seq_starts, seq_lens, max_seqlen=_length(adapter, max_seqlen),
+        dropout_p=dropout_p, seed=seed, causal=causal, scale=scale,
     )  # fmt: skip
 
 
-def attention(qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, **options: Any) -> Tensor:
+def attention(
+    qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, *, max_seqlen: int, **options: Any
+) -> Tensor:
     """`attention_qkv` of packed projections qkv (T, 3, H, D)."""
-    return _attention_of(qkv).attention(qkv, seq_starts, seq_lens, **options)
+    adapter = _attention_of(qkv)
+    length = _length(adapter, max_seqlen)
+    return adapter.attention(qkv, seq_starts, seq_lens, max_seqlen=length, **options)
 
 
 def _embed(

@@ -152,7 +152,8 @@ def _add_norm_kernel(
 ) -> Any:
     return shaders.kernel(
         h.device.type, name, *ADD_NORM,
-        element_type=_element(h.dtype), branch_type=_element(y.dtype), bias_type=_element(bias.dtype), norm_type=_element(gamma.dtype), COLUMNS=h.shape[1],
+        element_type=_element(h.dtype), branch_type=_element(y.dtype),
+        bias_type=_element(bias.dtype), norm_type=_element(gamma.dtype), COLUMNS=h.shape[1],
         DROPOUT=int(threshold > 0),
     )  # fmt: skip
 
