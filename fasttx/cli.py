@@ -169,6 +169,14 @@ def _backends(args: argparse.Namespace) -> None:
     print(backend_table(devices.pick(args.device)))
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from fasttx import doctor
+
+    found = doctor.examine(devices.pick(args.device))
+    print(json.dumps(found) if args.json else doctor.text(found))
+    return 0 if found["sound"] else 1
+
+
 def _read_texts(args: argparse.Namespace) -> list[str]:
     texts: list[str] = list(args.text)
     if args.file:
@@ -236,6 +244,13 @@ def command_parser() -> argparse.ArgumentParser:
     backends.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     backends.set_defaults(run_command=_backends)
 
+    doctor = commands.add_parser(
+        "doctor", help="check and time every backend here; what a bug report should hold"
+    )
+    doctor.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    doctor.add_argument("--json", action="store_true", help="JSON instead of text")
+    doctor.set_defaults(run_command=_doctor)
+
     predict = commands.add_parser(
         "predict", help="label texts with a trained run", formatter_class=Formatter
     )
@@ -260,14 +275,13 @@ def command_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = command_parser().parse_args(argv)
     try:
-        args.run_command(args)
+        return args.run_command(args) or 0
     except USER_ERRORS as error:
         print(f"fasttx: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `fasttx predict ... | head`
         sys.stderr.close()
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -39,9 +39,12 @@ ALLOWED: dict[str, set[str]] = {
     **{adapter: {*GENERATOR, "rowops", "kernels"} for adapter in ADAPTERS | {"attention.metal"}},
     # Except mps, which stands on two adapters that no name leads to, and chooses between them.
     "attention.lean": {*GENERATOR, "rowops"},
-    "attention.mps_check": {"attention.lean", "attention.metal", "kernels", "rowops"},
+    "attention.selfcheck": {"rowops"},
+    "attention.mps_check": {"attention.lean", "attention.metal", "attention.selfcheck", "kernels"}
+    | {"rowops"},
     "attention.mps": {"attention.lean", "attention.metal", "attention.mps_check", "device"}
-    | {"files", "kernels", "rowops"},
+    | {"attention.selfcheck", "files", "kernels", "rowops"},
+    "doctor": CORE | {"attention.mps", "attention.selfcheck"},
     "attention.registry": {"config", "rowops"},
     "attention.convenience": {"attention.registry", "attention.dropout"},
     "attention": {"attention.convenience", "attention.registry"},
@@ -59,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": CORE | {"checkpoint"},
     "trainer": WORK | {"report"},
     "runs": WORK | {"report", "trainer"},
-    "cli": WORK | {"report", "trainer", "runs"},
+    "cli": WORK | {"doctor", "report", "trainer", "runs"},
     "": {"attention", "classifier", "config", "model", "packing", "tokenizer", "version"},
     "train.py": WORK | {"report", "trainer", "runs", "cli"},
 }

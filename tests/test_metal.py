@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasttx import TransformerClassifier
-from fasttx.attention import dropout, mps_check, registry
+from fasttx.attention import dropout, mps_check, registry, selfcheck
 from fasttx.attention.registry import Backend
 from fasttx.packing import RaggedIds, pack
 from tests import equivalence
@@ -289,7 +289,7 @@ def test_sound_kernels_pass_the_check(metal, part, dtype):
     outcome = mps_check.check(part, "cpu", dtype, 32)
     assert not outcome.failures
     worst = max(outcome.errors.values())
-    assert 0 < worst < mps_check.TOLERANCES[dtype] / 2, "the tolerance is too tight to rely on"
+    assert 0 < worst < selfcheck.TOLERANCES[dtype] / 2, "the tolerance is too tight to rely on"
 
 
 # -------------------------------------------------------------------------------------- operators

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fasttx import device as devices
 from fasttx.attention import lean
-from fasttx.attention.mps_check import Shape, check, timings
+from fasttx.attention.mps_check import check, timings
+from fasttx.attention.selfcheck import Shape
 from fasttx.files import atomic_write, cache_folder
 from fasttx.rowops import RowOps, specification
 
