@@ -116,6 +116,7 @@ tools = [
     "build>=1",
     "hypothesis>=6.100",
     "kernels>=0.9",
+    "libclang>=18",  # type-checks the Metal sources
     "mypy>=1.13",
     "pytest-xdist>=3.5",
     "ruff>=0.9",

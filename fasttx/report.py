@@ -169,6 +169,15 @@ def single_class_warning(counts: Mapping[str, Mapping[str, int]]) -> str | None:
     )
 
 
+def _mps_choices(run: RunConfig) -> dict[str, Any]:
+    """Which paths backend mps took in this run and why; empty on another backend."""
+    if run.attn_backend != "mps":
+        return {}
+    from fasttx.attention import mps
+
+    return mps.choices()
+
+
 def results(
     run: RunConfig, progress: Progress, test: Metrics, model: torch.nn.Module,
     device: torch.device,
@@ -198,4 +207,5 @@ def results(
         "config": run.train.to_dict(),
         "versions": devices.versions(),
         "hardware": devices.hardware(device),
+        "mps": _mps_choices(run),
     }

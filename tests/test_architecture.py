@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "corpora", "demo", "subsets", "tables"},
     "checkpoint": {"config", "files", "model", "tokenizer"},
     "classifier": CORE | {"checkpoint", "tokenizer"},
-    "report": CORE | {"checkpoint"},
+    "report": CORE | {"attention.mps", "checkpoint"},
     "trainer": WORK | {"report"},
     "runs": WORK | {"report", "trainer"},
     "cli": WORK | {"doctor", "report", "trainer", "runs"},

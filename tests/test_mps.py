@@ -156,6 +156,18 @@ def test_lean_on_request(monkeypatch):
     assert mps._rows_of(torch.zeros(1)) is specification
 
 
+def test_a_run_records_the_choices(monkeypatch):
+    from fasttx import report
+    from fasttx.checkpoint import RunConfig
+    from fasttx.config import TrainConfig
+
+    monkeypatch.setenv("FASTTX_MPS", "lean")
+    attend()
+    run = RunConfig(TrainConfig(), "mps", "mps", ("a", "b"), {})
+    assert report._mps_choices(run)["attention float32 head_dim 16"]["path"] == "lean"
+    assert report._mps_choices(RunConfig(TrainConfig(), "sdpa", "cpu", ("a", "b"), {})) == {}
+
+
 def test_an_unknown_mode_is_refused(monkeypatch):
     monkeypatch.setenv("FASTTX_MPS", "fast")
     with pytest.raises(ValueError, match="FASTTX_MPS is 'fast'; expected auto, metal, lean"):

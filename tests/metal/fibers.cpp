@@ -1,4 +1,12 @@
 // See fibers.h. Threads are switched by hand on x86-64, elsewhere by ucontext.
+#if !defined(__x86_64__)
+#define EMULATOR_UCONTEXT
+#endif
+#if defined(EMULATOR_UCONTEXT)
+#define _XOPEN_SOURCE 700
+#include <ucontext.h>
+#endif
+
 #include "fibers.h"
 
 #include <algorithm>
@@ -8,17 +16,12 @@
 #include <string>
 #include <vector>
 
-#if !defined(__x86_64__)
-#define _XOPEN_SOURCE 700
-#include <ucontext.h>
-#endif
-
 namespace emulator {
 namespace {
 
 const size_t STACK = 128 << 10;
 
-#if defined(__x86_64__)
+#if !defined(EMULATOR_UCONTEXT)
 extern "C" void emulator_switch(void** save, void* to);
 asm(R"(
 .text
