@@ -133,7 +133,6 @@ def test_adapters_never_import_one_another():
 @pytest.mark.parametrize("name", ["flash", "", "SDPA", "auto ", None])
 def test_an_unknown_name_lists_the_known(name):
     known = r"expected auto, .*sdpa, reference"
-    known = r"expected auto, .*sdpa.*reference"
     for ask in (
         lambda: registry.check_name(name),
         lambda: registry.resolve(name, "cpu", torch.float32, 32),
