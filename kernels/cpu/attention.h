@@ -284,7 +284,7 @@ static __attribute__((noinline)) void weigh_panel(float* p, float* ds, const flo
                                                   int64_t query, int64_t length, bool causal) {
   const int64_t end = causal && query + 1 < length ? query + 1 : length;
   const bool edge = key + N * W > end;
-  constexpr int blocks = N * W / LANES;
+  constexpr int blocks = (N * W + LANES - 1) / LANES;
   for (int r = 0; r < rows; r += MR) {
     F acc[MR][N];
     times_panel<DP, N>(acc, q + r * DP, k);
@@ -331,7 +331,7 @@ struct Backward {
   // All that the keys of one panel, from `key` on, take part in.
   template <int N>
   void panel(int64_t key, const float* k, const float* v) {
-    constexpr int width = N * W;
+    constexpr int width = N * W, blocks = (width + LANES - 1) / LANES;
     memset(dk, 0, width * DP * sizeof(float));
     memset(dv, 0, width * DP * sizeof(float));
     const int64_t begin = a.causal ? key / BACKWARD_ROWS * BACKWARD_ROWS : 0;
@@ -341,8 +341,7 @@ struct Backward {
       const float* qs = q + query * DP;
       const float* g = dout + query * DP;
       if (DROP)
-        draw_keep(keep, query, rows, key / LANES, width / LANES, head, sequence, philox,
-                  a.dropout.threshold);
+        draw_keep(keep, query, rows, key / LANES, blocks, head, sequence, philox, a.dropout.threshold);
       weigh_panel<DP, N, DROP>(p, ds, qs, g, rows, k, v, lse2 + query, delta + query, keep,
                                a.dropout.scale(), key, query, length, a.causal);
       for (int m = 0; m < width; m += MR) {
