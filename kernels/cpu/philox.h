@@ -53,8 +53,10 @@ static inline void draw_keep(uint8_t* out, uint64_t row0, int rows, uint64_t blo
   U64 block_a, block_b, row_a, row_b;
   uint64_t row = row0;
   for (int i = 0, block = 0; i < W; i++) {
-    (i & 1 ? block_b : block_a)[i / 2] = block;
-    (i & 1 ? row_b : row_a)[i / 2] = row;
+    // By reference: GCC's UBSan gets a subscript of the conditional itself wrong.
+    U64 &to_block = i & 1 ? block_b : block_a, &to_row = i & 1 ? row_b : row_a;
+    to_block[i / 2] = block;
+    to_row[i / 2] = row;
     if (++block == blocks) block = 0, row++;
   }
   const U64 in_row = U64{} + (uint64_t)blocks, first = U64{} + block0;
