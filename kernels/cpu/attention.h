@@ -16,7 +16,6 @@
 namespace FASTTX_ISA {
 
 constexpr int FORWARD_ROWS = 32;    // queries a block
-constexpr int FORWARD_KEYS = 512;   // keys a block: their scores stay in the second-level cache
 constexpr int BACKWARD_ROWS = 64;
 
 INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -36,6 +35,9 @@ struct Scratch {
 
 constexpr int PANEL = NR * W;  // keys
 static_assert(PANEL % LANES == 0, "a panel holds whole blocks of keep bits");
+
+// Keys a block: whole panels, whose scores stay in the second-level cache.
+constexpr int FORWARD_KEYS = (512 + PANEL - 1) / PANEL * PANEL;
 
 // Rows of one sequence as [length][DP], times `factor`; columns from head_dim and rows from `rows`
 // up to `padded` are 0.
