@@ -241,6 +241,7 @@ API int64_t fasttx_attention_forward(const Tensors* t, float* lse, const int32_t
   std::vector<uint8_t> covered;
   if (int64_t wrong = cover(a, batch, covered)) return wrong;
   clear_dead(covered, a.written_out, heads, head_dim);
+  clear_dead(covered, {lse, 1, rows}, heads, 1);
   const Kernels& k = kernels();
   const std::vector<Item> items = items_of(a, batch, QUERY_SHARE);
   const bool done = share_out(threads, items.size(), k.attention_scratch(longest(a, batch), head_dim, false),
