@@ -1,5 +1,5 @@
 """The CPU kernels, beyond what every backend is tested for: each instruction set, torch.compile,
-long sequences, errors, threads, sanitizers, arm64.
+long sequences, errors, training.
 
 T rows, B sequences, H heads, D head_dim, L length.
 """
@@ -7,13 +7,7 @@ T rows, B sequences, H heads, D head_dim, L length.
 from __future__ import annotations
 
 import functools
-import os
-import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,7 +31,6 @@ pytestmark = pytest.mark.skipif(
     not BUILT, reason="; ".join(BACKEND.unavailable_reasons("cpu", torch.float32, 16))
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 SETS = kernels.instruction_sets() if BUILT else []
 SEED = torch.tensor(0x1234567_89ABCDEF)
 FULL_AND_CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -51,14 +44,6 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     assert kernels.instruction_set() == request.param
     yield request.param
     kernels.use_instruction_set(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    """torch.set_num_threads, undone at the end."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------- each instruction set
@@ -277,8 +262,15 @@ def test_spans_that_cannot_be(starts, lens, sequence):
             call(*given, torch.tensor(starts), torch.tensor(lens), max_seqlen=10)
 
 
-@pytest.mark.parametrize(("ids", "places"), [([1, 2, 6], [0, 1, 2]), ([1, 2, -1], [0, 1, 2]),
-                                             ([1, 2, 3], [0, 1, 4]), ([1, 2, 3], [0, 1, -1])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ids", "places"),
+    [
+        ([1, 2, 6], [0, 1, 2]),
+        ([1, 2, -1], [0, 1, 2]),
+        ([1, 2, 3], [0, 1, 4]),
+        ([1, 2, 3], [0, 1, -1]),
+    ],
+)
 def test_an_id_outside_its_table(ids, places):
     table, positions = torch.randn(6, 8), torch.randn(4, 8)
     with pytest.raises(IndexError, match="row 2 has an id outside the embedding table"):
@@ -322,3 +314,25 @@ def test_an_unknown_instruction_set():
     with pytest.raises(ValueError, match=f"'nope'; expected one of {', '.join(SETS)}"):
         kernels.use_instruction_set("nope")
     assert kernels.instruction_set() == before
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def test_the_loss_curve_is_the_reference_s():
+    curves = []
+    for backend in ("reference", "cpu"):
+        model = tiny(backend, dropout=0.1).train()
+        adam, losses = torch.optim.Adam(model.parameters(), lr=1e-3), []
+        for micro_step in range(30):
+            seed = torch.tensor(dropout.forward_seed(7, micro_step))
+            logits = model(**packed(17, 40, 1, 8), seed=seed)
+            loss = F.cross_entropy(logits, torch.tensor([0, 1, 1, 0]))
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    reference, cpu = curves
+    assert reference[-1] < reference[0]
+    assert (cpu - reference).abs().max() < 1e-4

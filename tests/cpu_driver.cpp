@@ -1,0 +1,294 @@
+// The CPU kernels without Python: every function of the C interface, on each instruction set of the
+// machine, against plain loops in double precision.
+//
+// Every tensor is a heap block of exactly its size, every output begins as NaN, and every call runs on
+// a thread of its own, whose scratch is made for it alone: under AddressSanitizer, to read or write one
+// element too many is an error. Ends with 1 at the first difference.
+#include <math.h>
+#include <stdio.h>
+
+#include <random>
+#include <string>
+#include <thread>
+
+#include "library.cpp"
+
+namespace {
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+constexpr int64_t SEED = 0x123456789ABCDEF;
+std::mt19937 engine(1);
+
+Floats normals(size_t n) {
+  std::normal_distribution<float> normal;
+  Floats x(n);
+  for (float& value : x) value = normal(engine);
+  return x;
+}
+
+Floats unwritten(size_t n) { return Floats(n, NAN); }
+
+template <class Call>
+void apart(Call call) {
+  std::thread([&] {
+    if (int64_t code = call()) {
+      printf("a call returned %lld\n", (long long)code);
+      exit(1);
+    }
+  }).join();
+}
+
+int checks = 0;
+std::string about;
+
+void compare(const char* name, const Floats& got, const Doubles& expected) {
+  double largest = 1, error = 0;
+  for (double x : expected) largest = std::max(largest, fabs(x));
+  for (size_t i = 0; i < expected.size(); i++) {
+    const double off = fabs(got[i] - expected[i]);
+    if (!(off <= error)) error = off;  // NaN is an error too
+    if (isnan(off)) break;
+  }
+  checks++;
+  if (error <= 1e-5 * largest) return;
+  printf("%s: %s is %g off, its largest value is %g\n", about.c_str(), name, error, largest);
+  exit(1);
+}
+
+// What dropout multiplies element `k` by, the words of its counter after the first being c1, c2, c3.
+double factor(uint32_t threshold, uint32_t k, uint32_t c1, uint32_t c2, uint32_t c3) {
+  if (!threshold) return 1;
+  if (threshold >= 65536) return 0;
+  uint32_t c[4] = {k / 8, c1, c2, c3}, key0 = (uint32_t)SEED, key1 = (uint32_t)(SEED >> 32);
+  for (int i = 0; i < 7; i++, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+    const uint64_t p0 = (uint64_t)c[0] * 0xD2511F53u, p1 = (uint64_t)c[2] * 0xCD9E8D57u;
+    const uint32_t next[4] = {(uint32_t)(p1 >> 32) ^ c[1] ^ key0, (uint32_t)p1,
+                              (uint32_t)(p0 >> 32) ^ c[3] ^ key1, (uint32_t)p0};
+    memcpy(c, next, sizeof c);
+  }
+  const uint32_t word = c[k % 8 / 2], uniform = k % 2 ? word >> 16 : word & 0xFFFF;
+  return uniform >= threshold ? 65536.0 / (65536 - threshold) : 0;
+}
+
+// ---- attention -----------------------------------------------------------------------------------
+
+void attention(const std::vector<int32_t>& lens, int64_t heads, int64_t dim, bool causal,
+               uint32_t threshold) {
+  std::vector<int32_t> starts;
+  int64_t rows = 0;
+  for (int32_t n : lens) starts.push_back((int32_t)++rows), rows += n;  // a dead row before each
+  const size_t size = rows * heads * dim;
+  const float scale = 1 / sqrtf((float)dim);
+  Floats q = normals(size), k = normals(size), v = normals(size), dout = normals(size);
+  for (int32_t start : starts)
+    for (Floats* x : {&q, &k, &v, &dout})
+      std::fill_n(x->begin() + (start - 1) * heads * dim, heads * dim, NAN);
+  Floats out = unwritten(size), dq = out, dk = out, dv = out, lse = unwritten(heads * rows);
+
+  auto view = [&](Floats& x) { return View<float>{x.data(), heads * dim, dim}; };
+  const Tensors t = {view(q), view(k), view(v), view(out), view(dout), view(dq), view(dk), view(dv)};
+  apart([&] {
+    return fasttx_attention_forward(&t, lse.data(), starts.data(), lens.data(), lens.size(), rows, heads,
+                                    dim, scale, causal, SEED, threshold, 1);
+  });
+  apart([&] {
+    return fasttx_attention_backward(&t, lse.data(), starts.data(), lens.data(), lens.size(), rows, heads,
+                                     dim, scale, causal, SEED, threshold, 1);
+  });
+
+  Doubles o(size), gq(size), gk(size), gv(size);
+  for (size_t s = 0; s < lens.size(); s++)
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t i = 0; i < lens[s]; i++) {
+        auto at = [&](int64_t r) { return ((starts[s] + r) * heads + h) * dim; };
+        auto dot = [&](const Floats& x, int64_t r, const Floats& y, int64_t c) {
+          double sum = 0;
+          for (int64_t d = 0; d < dim; d++) sum += (double)x[at(r) + d] * y[at(c) + d];
+          return sum;
+        };
+        const int64_t keys = causal ? i + 1 : lens[s];
+        Doubles p(keys), m(keys);
+        double total = 0, delta = 0;
+        for (int64_t j = 0; j < keys; j++) total += p[j] = exp(dot(q, i, k, j) * scale);
+        for (int64_t j = 0; j < keys; j++) {
+          p[j] /= total;
+          m[j] = factor(threshold, j, i, h, s);
+          delta += p[j] * m[j] * dot(dout, i, v, j);
+        }
+        for (int64_t j = 0; j < keys; j++) {
+          const double ds = p[j] * (m[j] * dot(dout, i, v, j) - delta) * scale;
+          for (int64_t d = 0; d < dim; d++) {
+            o[at(i) + d] += p[j] * m[j] * v[at(j) + d];
+            gv[at(j) + d] += p[j] * m[j] * dout[at(i) + d];
+            gq[at(i) + d] += ds * k[at(j) + d];
+            gk[at(j) + d] += ds * q[at(i) + d];
+          }
+        }
+      }
+  compare("out", out, o);
+  compare("dq", dq, gq);
+  compare("dk", dk, gk);
+  compare("dv", dv, gv);
+}
+
+// ---- row operations ------------------------------------------------------------------------------
+
+void add_norm(int64_t rows, int64_t columns, uint32_t threshold) {
+  const size_t size = rows * columns;
+  Floats h = normals(size), y = normals(size), bias = normals(columns), gamma = normals(columns),
+         beta = normals(columns), dsum = normals(size), dnormed = normals(size);
+  Floats sum = unwritten(size), normed = sum, dh = sum, dy = sum, mean = unwritten(rows), rstd = mean,
+         dgamma = unwritten(columns), dbeta = dgamma, dbias = dgamma;
+  apart([&] {
+    return fasttx_add_norm_forward(h.data(), y.data(), bias.data(), gamma.data(), beta.data(), sum.data(),
+                                   normed.data(), mean.data(), rstd.data(), rows, columns, 1e-5f, SEED,
+                                   threshold, 1);
+  });
+  apart([&] {
+    return fasttx_add_norm_backward(sum.data(), gamma.data(), mean.data(), rstd.data(), dsum.data(),
+                                    dnormed.data(), dh.data(), dy.data(), dgamma.data(), dbeta.data(),
+                                    dbias.data(), rows, columns, SEED, threshold, 1);
+  });
+
+  Doubles s(size), n(size), gh(size), gy(size), ggamma(columns), gbeta(columns), gbias(columns);
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t at = r * columns;
+    double average = 0, variance = 0, along = 0, across = 0;
+    for (int64_t c = 0; c < columns; c++) {
+      s[at + c] = h[at + c] + ((double)y[at + c] + bias[c]) * factor(threshold, c, r, 0, 0);
+      average += s[at + c] / columns;
+    }
+    for (int64_t c = 0; c < columns; c++) variance += pow(s[at + c] - average, 2) / columns;
+    const double inverse = 1 / sqrt(variance + 1e-5);
+    for (int64_t c = 0; c < columns; c++) {
+      const double x = (s[at + c] - average) * inverse, g = (double)dnormed[at + c] * gamma[c];
+      n[at + c] = x * gamma[c] + beta[c];
+      ggamma[c] += dnormed[at + c] * x;
+      gbeta[c] += dnormed[at + c];
+      across += g / columns;
+      along += g * x / columns;
+    }
+    for (int64_t c = 0; c < columns; c++) {
+      const double x = (s[at + c] - average) * inverse, g = (double)dnormed[at + c] * gamma[c];
+      gh[at + c] = (g - across - x * along) * inverse + dsum[at + c];
+      gy[at + c] = gh[at + c] * factor(threshold, c, r, 0, 0);
+      gbias[c] += gy[at + c];
+    }
+  }
+  compare("sum", sum, s);
+  compare("normed", normed, n);
+  compare("dh", dh, gh);
+  compare("dy", dy, gy);
+  compare("dgamma", dgamma, ggamma);
+  compare("dbeta", dbeta, gbeta);
+  compare("dbias", dbias, gbias);
+}
+
+void bias_act(int64_t rows, int64_t columns, bool gelu, uint32_t threshold) {
+  const size_t size = rows * columns;
+  Floats u = normals(size), bias = normals(columns), dout = normals(size);
+  Floats out = unwritten(size), du = out, dbias = unwritten(columns);
+  apart([&] {
+    return fasttx_bias_act_forward(u.data(), bias.data(), out.data(), rows, columns, gelu, SEED, threshold,
+                                   1);
+  });
+  apart([&] {
+    return fasttx_bias_act_backward(gelu ? u.data() : nullptr, gelu ? bias.data() : nullptr,
+                                    gelu ? nullptr : out.data(), dout.data(), du.data(), dbias.data(), rows,
+                                    columns, gelu, SEED, threshold, 1);
+  });
+
+  Doubles o(size), g(size), gbias(columns);
+  for (size_t i = 0; i < size; i++) {
+    const double x = u[i] + bias[i % columns], m = factor(threshold, i % columns, i / columns, 0, 0);
+    const double cdf = gelu ? 0.5 * erfc(-x / sqrt(2.0)) : x > 0;
+    const double slope = gelu ? cdf + x * exp(-x * x / 2) / sqrt(2 * M_PI) : cdf;
+    o[i] = x * cdf * m;
+    g[i] = dout[i] * slope * m;
+    gbias[i % columns] += g[i];
+  }
+  compare("out", out, o);
+  compare("du", du, g);
+  compare("dbias", dbias, gbias);
+}
+
+void embed(int64_t rows, int64_t columns, uint32_t threshold) {
+  const int64_t words = 5, places = 3;
+  const size_t size = rows * columns;
+  const float scale = sqrtf((float)columns);
+  Floats table = normals(words * columns), positions = normals(places * columns), dh = normals(size);
+  Floats h = unwritten(size), dtable = unwritten(words * columns);
+  std::vector<int64_t> ids(rows);
+  std::vector<int32_t> position_ids(rows);
+  for (int64_t r = 0; r < rows; r++) ids[r] = (rows - r) % words, position_ids[r] = (int32_t)(r % places);
+  apart([&] {
+    return fasttx_embed_forward(ids.data(), position_ids.data(), table.data(), positions.data(), h.data(),
+                                rows, columns, words, places, scale, SEED, threshold, 1);
+  });
+  apart([&] {
+    return fasttx_embed_backward(ids.data(), dh.data(), dtable.data(), rows, columns, words, scale, SEED,
+                                 threshold, 1);
+  });
+
+  Doubles e(size), g(words * columns);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < columns; c++) {
+      const double m = factor(threshold, c, r, 0, 0);
+      e[r * columns + c] = ((double)table[ids[r] * columns + c] * scale +
+                            positions[position_ids[r] * columns + c]) * m;
+      g[ids[r] * columns + c] += dh[r * columns + c] * (double)scale * m;
+    }
+  compare("h", h, e);
+  compare("dtable", dtable, g);
+}
+
+void masks() {
+  for (int blocks : {1, 3, 16, 37}) {
+    std::vector<uint8_t> bytes(5 * blocks);
+    fasttx_keep(bytes.data(), 11, 5, 2, blocks, 3, 4, SEED, 30000);
+    for (int i = 0; i < 5 * blocks; i++)
+      for (int k = 0; k < 8; k++)
+        if ((bytes[i] >> k & 1) != (factor(30000, (2 + i % blocks) * 8 + k, 11 + i / blocks, 3, 4) > 0)) {
+          printf("%s: a bit of the mask is wrong\n", about.c_str());
+          exit(1);
+        }
+    checks++;
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const Kernels* const* set = supported(); *set; set++) {
+    fasttx_choose((*set)->name);
+    checks = 0;
+    about = std::string((*set)->name) + " masks";
+    masks();
+    for (uint32_t threshold : {0u, 6554u, 65536u}) {
+      auto name = [&](const char* op, int64_t a, int64_t b) {
+        about = std::string((*set)->name) + " " + op + " " + std::to_string(a) + " " + std::to_string(b) +
+                " threshold " + std::to_string(threshold);
+      };
+      for (int64_t dim : {1, 8, 13, 16, 20, 32, 50, 64, 100, 128})
+        for (bool causal : {false, true}) {
+          name(causal ? "causal attention" : "attention", 2, dim);
+          attention({1, 17, 0, 50, 33}, 2, dim, causal, threshold);
+        }
+      for (bool causal : {false, true}) {
+        name(causal ? "causal attention" : "attention", 1, 12);
+        attention({511, 7, 514}, 1, 12, causal, threshold);
+      }
+      for (int64_t columns : {1, 3, 8, 13, 16, 17, 31, 33, 100})
+        for (int64_t rows : {1, 21, 530}) {
+          name("rows", rows, columns);
+          if (columns > 1) add_norm(rows, columns, threshold);
+          bias_act(rows, columns, false, threshold);
+          bias_act(rows, columns, true, threshold);
+          embed(rows, columns, threshold);
+        }
+    }
+    printf("%s: %d checks\n", (*set)->name, checks);
+  }
+}
