@@ -205,7 +205,7 @@ def test_blocks_of_keys(length, p, causal):
 
 
 def attend_by_rows(qkv: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Causal attention of one long sequence, 1,024 queries at a time. qkv (L, 3, 1, D), grad (L, 1, D)."""
+    """Causal attention, 1,024 queries at a time. qkv (L, 3, 1, D), grad (L, 1, D)."""
     q, k, v = (x[:, 0].detach().requires_grad_() for x in qkv.unbind(1))
     outs = []
     for first in range(0, len(q), 1024):
