@@ -185,7 +185,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float32, torch.float16)
     )
 # Not in the table, but tested as if they were: what `mps` chooses between, the Metal kernels by
-# emulation. No name leads to them, so tests that ask by name leave them out (listed=True).
+# emulation. The fixture unlisted_backends lets tests ask for them by name.
 UNLISTED = (
     Backend(
         "metal", "tests.metal.adapter", "the Metal kernels, emulated", ("cpu",),
@@ -220,13 +220,11 @@ def _targets() -> list[Any]:
 TARGETS = _targets()
 
 
-def over_backends(*p: float, dropout: str | None = None, listed: bool = False) -> Any:
+def over_backends(*p: float, dropout: str | None = None) -> Any:
     """Parametrise over the backends whose dropout is of this kind ("shared", "torch"; None: all),
     each on each of its devices. With dropout probabilities `p`, over these too, and there only
-    backends whose masks are shared see other than 0. listed: only those of the table."""
+    backends whose masks are shared see other than 0."""
     targets = [t for t in TARGETS if dropout in (None, t.values[0].dropout)]
-    if listed:
-        targets = [t for t in targets if t.values[0] not in UNLISTED]
     if not p:
         return pytest.mark.parametrize(("backend", "device"), targets)
     return pytest.mark.parametrize(
@@ -362,6 +360,6 @@ GRAD_FACTOR = {torch.float64: 1.0, torch.float32: 4.0, torch.bfloat16: 3.0, torc
 ROUNDINGS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 POISONED = [
-    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.usefixtures("poisoned_memory", "unlisted_backends"),
     pytest.mark.filterwarnings("ignore:.*deterministic"),  # the fixture's mode, on CUDA
 ]

@@ -472,7 +472,7 @@ PADDINGS = {
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32], ids=str)
 @over_causal
 @pytest.mark.parametrize("padding", PADDINGS)
-@over_backends(listed=True)
+@over_backends()
 def test_convenience_equals_torch(backend, device, padding, causal, kind):
     adapter_of(backend, device)
     q, k, v = (x.requires_grad_() for x in padded_inputs(device))
@@ -502,7 +502,7 @@ def test_convenience_equals_torch(backend, device, padding, causal, kind):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@over_backends(listed=True)
+@over_backends()
 def test_convenience_dropout_draws_from_torch_s_generator(backend, device):
     adapter_of(backend, device)
     q, k, v = padded_inputs(device)
@@ -543,7 +543,7 @@ def test_convenience_without_dropout_leaves_torch_s_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@over_backends(listed=True)
+@over_backends()
 def test_convenience_of_nothing(backend, device):
     adapter_of(backend, device)
     for batch, length in ((0, 9), (2, 0), (0, 0)):
