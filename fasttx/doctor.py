@@ -1,7 +1,7 @@
 """`fasttx doctor`: what this machine is, which backends run here, whether they are right, how fast.
 
-Every backend that runs is compared with the reference, forward and backward, and timed at the size
-of a batch of IMDB. The outcome is what a bug report should hold.
+Every backend that runs is compared with the reference on the CPU, forward and backward, and timed
+at the size of a batch of IMDB. The outcome is what a bug report should hold.
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _check(backend: Backend, device: str, dtype: torch.dtype) -> Outcome:
-    """Against the reference. Where the masks are torch's own, without dropout."""
+    """Against the reference on the CPU. Where the masks are torch's own, without dropout."""
     outcome = Outcome()
     mine, reference = backend.adapter(), BACKENDS["reference"].adapter()
     p = 0.1 if backend.dropout == "shared" else 0.0
     tolerance = TOLERANCES[dtype]
     try:
-        for what, run in attention_cases(device, dtype, HEAD_DIM, p):
-            outcome.compare(f"attention, {what}", run(mine), run(reference), tolerance)
-        for what, run in row_cases(device, dtype, HEAD_DIM, p):
-            outcome.compare(what, run(mine.rowops), run(reference.rowops), tolerance)
+        here, on_cpu = (attention_cases(d, dtype, HEAD_DIM, p) for d in (device, "cpu"))
+        for (what, run), (_, judge) in zip(here, on_cpu, strict=True):
+            outcome.compare(f"attention, {what}", run(mine), judge(reference), tolerance)
+        here, on_cpu = (row_cases(d, dtype, HEAD_DIM, p) for d in (device, "cpu"))
+        for (what, run), (_, judge) in zip(here, on_cpu, strict=True):
+            outcome.compare(what, run(mine.rowops), judge(reference.rowops), tolerance)
     except Exception as error:  # a report says so; it does not end there
         text = " ".join(str(error).split())[:500]
         outcome.failures.append(f"{type(error).__name__}: {text}")

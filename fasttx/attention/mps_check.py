@@ -1,7 +1,8 @@
 """Is the machine what the Metal kernels take it for, are they right on it, and are they faster?
 
 The kernels were written without a Mac. So the first use on one compares them with plain tensor
-algebra (`lean`, and the specification of the row operations), forward and backward.
+algebra (`lean`, and the specification of the row operations), forward and backward: on the CPU,
+where nothing of the judge is MPS's own.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ def check(part: str, device: str, dtype: torch.dtype, head_dim: int) -> Outcome:
         _probe(outcome, device)
         if not outcome.failures:
             cases = attention_cases if part == "attention" else row_cases
-            for what, run in cases(device, dtype, head_dim):
-                plain = lean if part == "attention" else specification
-                kernels = metal if part == "attention" else metal.rowops
-                outcome.compare(what, run(kernels), run(plain), TOLERANCES[dtype])
+            plain = lean if part == "attention" else specification
+            kernels = metal if part == "attention" else metal.rowops
+            here, on_cpu = (cases(where, dtype, head_dim) for where in (device, "cpu"))
+            for (what, run), (_, judge) in zip(here, on_cpu, strict=True):
+                outcome.compare(what, run(kernels), judge(plain), TOLERANCES[dtype])
     except Exception as error:  # of the compiler, the driver, or a launch
         outcome.failures.append(_line(error))
     return outcome

@@ -42,8 +42,9 @@ class Outcome:
     def compare(
         self, what: str, got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float
     ) -> None:
+        """Values by name, of any device, against values of the CPU."""
         for name, x in wanted.items():
-            key, y = f"{what} {name}", got[name]
+            key, y = f"{what} {name}", got[name].cpu()
             size = max(1e-6, float(x.float().abs().max()))
             error = float((y.float() - x.float()).abs().max()) / size
             self.errors[key] = error
