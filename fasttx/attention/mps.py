@@ -96,6 +96,7 @@ def _decide(part: str, device: str, dtype: torch.dtype, head_dim: int) -> Choice
         return Choice("lean", "FASTTX_MPS=lean")
     if dtype == torch.float64:
         return Choice("lean", "Metal has no float64")
+    log.info("mps: checking the Metal kernels for %s in %s, once a process", part, dtype)
     found = check(part, device, dtype, head_dim)
     if found.failures:
         why = "; ".join(found.failures)

@@ -1,5 +1,5 @@
-// What the attention kernels take for granted, asked of the machine: how many lanes a simdgroup has,
-// and where in an 8 x 8 tile the two elements of each lane stand.
+// What the attention kernels take for granted, asked of the machine: how many lanes a simdgroup
+// has, and where in an 8 x 8 tile the two elements of each lane stand.
 
 kernel void probe(
     const device float* numbers [[buffer(0)]], // 0 ... 63, row by row

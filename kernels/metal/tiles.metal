@@ -1,15 +1,15 @@
 // What the attention kernels share: tiles of 8 x 8 in the registers of a simdgroup.
 //
 // Specialised by text: element_type is the type in memory, HEAD_DIM any size, DROPOUT and CAUSAL 0
-// or 1. Everything is computed in float. One simdgroup owns 8 rows of its result, four of them make a
-// threadgroup; they share nothing, so there is no threadgroup memory, no barrier and no atomic.
+// or 1. Everything is computed in float. One simdgroup owns 8 rows of its result, four of them make
+// a threadgroup; they share nothing, so there is no threadgroup memory, no barrier and no atomic.
 
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define SIMDGROUPS 4              // in a threadgroup: 128 threads
-#define SPAN 32                   // keys (or queries) of one step: four tiles, one Philox block a lane
+#define SPAN 32                   // keys (or queries) of a step: four tiles, a Philox block a lane
 #define DIMS ((HEAD_DIM + 7) / 8) // tiles across a head
 
-// What the host passes as `size`. Strides are in elements; a head's HEAD_DIM elements are neighbours.
+// What the host passes as `size`. Strides are in elements; those of one head are neighbours.
 enum AttentionSize {
   ROWS, MAX_SEQLEN, THRESHOLD, Q_ROW, Q_HEAD, K_ROW, K_HEAD, V_ROW, V_HEAD, OUT_ROW, OUT_HEAD,
   DOUT_ROW, DOUT_HEAD, DQ_ROW, DQ_HEAD, DK_ROW, DK_HEAD, DV_ROW, DV_HEAD // of the backward pass
@@ -17,8 +17,8 @@ enum AttentionSize {
 
 typedef simdgroup_matrix<float, 8, 8> tile_t;
 
-// Of a tile, a lane holds two neighbours of one row. Apple documents no layout; this is the one that
-// MLX and PyTorch rely on, and the first use on a machine probes it.
+// Of a tile, a lane holds two neighbours of one row. Apple documents no layout; this is the one
+// that MLX and PyTorch rely on, and the first use on a machine probes it.
 inline int tile_row(uint lane) { return int(((lane >> 2) & 4u) + ((lane >> 1) & 3u)); }
 inline int tile_col(uint lane) { return int(((lane >> 1) & 4u) + ((lane & 1u) << 1)); }
 
@@ -35,7 +35,7 @@ inline float row_sum(float x) {
 
 inline tile_t zero_tile() { return make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
 
-// One element of x (rows, HEAD_DIM), 0 outside. What lies beyond a sequence may be NaN, or no memory.
+// One element of x (rows, HEAD_DIM), 0 outside: beyond a sequence lies NaN, perhaps, or no memory.
 inline float element_at(const device element_type* x, int stride, int row, int rows, int dim) {
   const bool there = row < rows && (HEAD_DIM % 8 == 0 || dim < HEAD_DIM);
   return there ? float(x[row * stride + dim]) : 0.0f;
@@ -69,7 +69,7 @@ inline void store_tile(device element_type* x, int stride, int row, int rows, in
   }
 }
 
-// Dropout bits of one query and 32 keys, for the four lanes that hold the query's row of four tiles.
+// Dropout bits of one query and 32 keys, for the four lanes that hold its row of four tiles.
 // Lane i of them draws the block of tile i (eight keys, a word for two) and needs word i of each:
 // a transposition in two exchanges. Component j of the result is for the lane's pair in tile j.
 inline uint4 words_of_keys(uint key_block, uint query, uint head, uint sequence, uint2 seed,
