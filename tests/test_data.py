@@ -783,7 +783,7 @@ class Hub:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, unreachable: str | None, has: bool) -> None:
         datasets = pytest.importorskip("datasets")
-        constants = pytest.importorskip("huggingface_hub").constants
+        constants = pytest.importorskip("huggingface_hub.constants")
         self.offline: list[bool] = []
 
         def load_dataset(name: str) -> dict[str, str]:
@@ -837,7 +837,7 @@ def url(server: socket.socket) -> str:
 @pytest.mark.parametrize("behaviour", ["silent", "refused", "offline"])
 def test_reachability_has_a_limit(monkeypatch: pytest.MonkeyPatch, behaviour: str) -> None:
     """A hub that takes the connection and never answers costs seconds, not minutes."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(corpora, "HUB_SECONDS", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", behaviour == "offline")
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
@@ -854,7 +854,7 @@ def test_reachability_has_a_limit(monkeypatch: pytest.MonkeyPatch, behaviour: st
 
 @pytest.mark.parametrize("status", [200, 503])
 def test_a_hub_that_answers(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
