@@ -158,6 +158,14 @@ def test_every_operator_is_checked():
     assert {f"cpu_{call.values[0]}" for call in operator_calls()} == set(schemas)
 
 
+def test_a_second_derivative_is_refused():
+    model = tiny()
+    loss = model(torch.tensor([[3, 4, 5, 0]])).square().sum()
+    first = torch.autograd.grad(loss, model.embedding, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="second derivative.*reference"):
+        first.square().sum().backward()
+
+
 def tiny(backend: str = "cpu", **settings: Any) -> TransformerClassifier:
     torch.manual_seed(0)
     settings = {

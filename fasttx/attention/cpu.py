@@ -391,6 +391,19 @@ def _(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
     return None, None, dtable, None, None, None
 
 
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    raise NotImplementedError(
+        "the cpu backend has no second derivative (create_graph=True); use attn_backend='reference'"
+    )
+
+
+# Without this torch only warns, and leaves the missing terms out of the result.
+for _name in ("attention", "attention_qkv", "add_norm", "bias_act", "embed"):
+    torch.library.register_autograd(
+        f"fasttx::cpu_{_name}_backward", _no_second_derivative, lib=_operators
+    )
+
+
 # --- the adapter ----------------------------------------------------------------------------------
 
 

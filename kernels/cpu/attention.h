@@ -92,7 +92,8 @@ INLINE void times_panel(F acc[MR][N], const float* a, const float* panel) {
   }
 }
 
-// c [MR][DP] (+)= the sum over k of a(m, k) b[k][DP], where a(m, k) = a[m * across + k * along].
+// c [MR][DP] (+)= the sum over k of a(m, k) b[k][DP]; a(m, k) is a[m * stride + k], or a[k * stride + m]
+// where a lies TRANSPOSED.
 template <int DP, bool ADD, bool TRANSPOSED>
 static __attribute__((noinline)) void accumulate(float* c, const float* a, int64_t stride, int64_t depth,
                                                  const float* b) {
