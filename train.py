@@ -6,11 +6,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from fasttx import cli, data, distributed, metrics, report, runs
-from fasttx.checkpoint import RunConfig, RunFolder
+from fasttx.checkpoint import CLASSIFICATION, RunConfig, RunFolder, load_encoder
 from fasttx.files import write_json_atomic
 from fasttx.model import TransformerClassifier
 from fasttx.trainer import Interrupted, Trainer
@@ -22,7 +23,7 @@ def open_run(options: cli.TrainOptions, processes: distributed.Processes) -> run
     """A new run in a new folder, or the one to resume; None if that one is finished."""
     if options.resume:
         folder = RunFolder(options.resume)
-        saved = RunConfig.load(folder.config)
+        saved = RunConfig.load(folder.config, CLASSIFICATION)
         if folder.results.exists():
             log.info("%s is finished: its results are in %s", folder.path, folder.results)
             return None
@@ -67,6 +68,9 @@ def train(run: runs.Run, processes: distributed.Processes) -> int:
     model = TransformerClassifier.from_config(
         replace(config.model, attn_backend=run.config.attn_backend)
     ).to(run.device)
+    if config.init_from:
+        load_encoder(model, RunFolder(Path(config.init_from)).best_model)
+        log.info("encoder    starts from %s", config.init_from)
     trainer = Trainer(model, run.config, run.folder, run.device, processes)
     if trainer.restore():
         at = trainer.progress

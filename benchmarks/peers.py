@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
-from fasttx.model import TransformerClassifier, sinusoidal_positions
+from fasttx.encoder import sinusoidal_positions
+from fasttx.model import TransformerClassifier
 
 
 class _Peer(nn.Module):

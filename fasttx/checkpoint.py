@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fasttx.config import ConfigError, TrainConfig
+from fasttx.config import ConfigError, PretrainConfig, TrainConfig
 from fasttx.files import atomic_write, write_json_atomic
 
 
 class CheckpointError(RuntimeError):
     """A file of a run is missing, damaged, or not what it should be; the message names it."""
+
+
+CLASSIFICATION, PRETRAINING = "classification", "pretraining"
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,16 @@ class RunConfig:
     dataset: dict[str, Any]
     recipe: str | None = None
 
+    @property
+    def task(self) -> str:
+        return PRETRAINING if isinstance(self.train, PretrainConfig) else CLASSIFICATION
+
     def save(self, path: Path) -> None:
         write_json_atomic(
             path,
             {
                 "format": "fasttx-run-1",
+                "task": self.task,
                 "recipe": self.recipe,
                 "attn_backend": self.attn_backend,
                 "device": self.device,
@@ -81,13 +90,24 @@ class RunConfig:
         )
 
     @classmethod
-    def load(cls, path: Path) -> RunConfig:
+    def load(cls, path: Path, task: str | None = None) -> RunConfig:
+        """Raises CheckpointError, also for a run of another `task`."""
         values = read_json(path)
         if values.get("format") != "fasttx-run-1":
             raise CheckpointError(f"{path} is not the config.json of a fasttx run")
+        found = values.get("task", CLASSIFICATION)
+        if task not in (None, found):
+            remedy = {
+                PRETRAINING: f"Train from it: python train.py --init-from {path.parent}; go on "
+                f"with it: fasttx pretrain --resume {path.parent}",
+                CLASSIFICATION: f"Go on with it: python train.py --resume {path.parent}",
+            }
+            why = remedy.get(found, "It is from another version")
+            raise CheckpointError(f"{path.parent} is a run of {found}; expected {task}. {why}")
+        kind = PretrainConfig if found == PRETRAINING else TrainConfig
         try:
             return cls(
-                TrainConfig.from_dict(values["train"]),
+                kind.from_dict(values["train"]),
                 values["attn_backend"],
                 values["device"],
                 tuple(values["label_names"]),
@@ -156,9 +176,12 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(
+    model: nn.Module, path: Path,
+    change: Callable[[dict[str, Any]], dict[str, Any]] = lambda state: state,
+) -> None:  # fmt: skip
     """A plain state dict into `model`; CheckpointError tells what does not fit."""
-    state, wanted = load_state(path), model.state_dict()
+    state, wanted = change(load_state(path)), model.state_dict()
     problems = [f"lacks {k}" for k in wanted if k not in state]
     problems += [f"has an unknown {k}" for k in state if k not in wanted]
     problems += [
@@ -171,3 +194,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
     model.load_state_dict(state)
+
+
+def load_encoder(model: nn.Module, path: Path) -> None:
+    """All weights but the head's, from the best_model.pt of a run with any head, into `model`."""
+    own = {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
+    load_weights(
+        model, path, lambda state: {k: v for k, v in state.items() if k[:5] != "head."} | own
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttx import device as devices
-from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder, load_weights
+from fasttx.checkpoint import CLASSIFICATION, CheckpointError, RunConfig, RunFolder, load_weights
 from fasttx.model import TransformerClassifier
 from fasttx.packing import RaggedIds, pack
 from fasttx.tokenizer import Tokenizer, TokenizerError
@@ -99,7 +99,7 @@ def load(
     folder = RunFolder(Path(run))
     if not folder.path.is_dir():
         raise CheckpointError(f"{folder.path} is not a folder; expected one that train.py wrote")
-    config = RunConfig.load(folder.config)
+    config = RunConfig.load(folder.config, CLASSIFICATION)
     model_config = config.train.model
     if attn_backend is not None:
         model_config = replace(model_config, attn_backend=attn_backend)

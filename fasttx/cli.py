@@ -6,8 +6,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from fasttx import device as devices
+from fasttx import flags, pretrain
 from fasttx.attention.registry import BACKENDS, BackendUnavailableError, resolve_name
 from fasttx.checkpoint import CheckpointError
 from fasttx.config import RECIPES, ConfigError, ModelConfig, TrainConfig
@@ -34,39 +33,6 @@ USER_ERRORS = (
     DivergedError,
     TokenizerError,
 )
-
-
-class Formatter(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
-
-
-def _kind(hint: Any) -> Any:
-    """The type a flag's text is read as: the hint, less its `| None`."""
-    if isinstance(hint, types.UnionType):
-        return next(t for t in typing.get_args(hint) if t is not type(None))
-    return hint
-
-
-def _add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
-    hints = typing.get_type_hints(cls)
-    groups: dict[str, Any] = {}
-    for f in dataclasses.fields(cls):
-        if "group" not in f.metadata:
-            continue
-        title = f.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        flag, kind = "--" + f.name.replace("_", "-"), _kind(hints[f.name])
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f.metadata["help"]}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            metavar = {str: "NAME", int: "N", float: "X"}[kind]
-            options |= {"type": kind, "metavar": metavar}
-            if f.metadata["choices"]:
-                options |= {"choices": f.metadata["choices"], "metavar": None}
-        groups[title].add_argument(flag, **options)
 
 
 def _recipe_lines() -> str:
@@ -109,7 +75,7 @@ def train_options(argv: Sequence[str] | None = None) -> TrainOptions:
         "train.py",
         description="Train a Transformer text classifier; the defaults are those of the recipe.",
         epilog=_recipe_lines(),
-        formatter_class=lambda prog: RawEpilog(prog),
+        formatter_class=lambda prog: flags.RawEpilog(prog),
     )
     parser.add_argument("--version", action="version", version=f"fasttx {__version__}")
     run = parser.add_argument_group("recipe and run folder")
@@ -121,27 +87,11 @@ def train_options(argv: Sequence[str] | None = None) -> TrainOptions:
         "--resume", type=Path, metavar="RUN", help="go on with this run; takes no other settings"
     )
     for cls in (TrainConfig, ModelConfig):
-        _add_settings(parser, cls)
+        flags.add_settings(parser, cls)
     values = vars(parser.parse_args(argv))
+    flags.refuse_beside_resume(parser, values)
     resume, recipe, out = values.pop("resume"), values.pop("recipe"), values.pop("out")
-    if resume and (values or recipe or out):
-        given = [*values, *(["recipe"] if recipe else []), *(["out"] if out else [])]
-        parser.error(
-            f"--resume takes its settings from {resume}/config.json; leave out "
-            + ", ".join("--" + name.replace("_", "-") for name in given)
-        )
-    of_model = {f.name for f in dataclasses.fields(ModelConfig)}
-    return TrainOptions(
-        resume,
-        recipe,
-        out,
-        {k: v for k, v in values.items() if k not in of_model},
-        {k: v for k, v in values.items() if k in of_model},
-    )
-
-
-class RawEpilog(Formatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    return TrainOptions(resume, recipe, out, *flags.split(values))
 
 
 # --- the `fasttx` command -------------------------------------------------------------------------
@@ -235,7 +185,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "fasttx", description="Fast Transformer text classifiers. Training: python train.py --help",
-        formatter_class=Formatter,
+        formatter_class=flags.Formatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"fasttx {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -252,15 +202,17 @@ def command_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run_command=_doctor)
 
     predict = commands.add_parser(
-        "predict", help="label texts with a trained run", formatter_class=Formatter
+        "predict", help="label texts with a trained run", formatter_class=flags.Formatter
     )
     _add_run(predict)
     predict.add_argument("text", nargs="*", help="texts (default: lines of standard input)")
     predict.add_argument("--file", help="a UTF-8 file, one text a line")
     predict.set_defaults(run_command=_predict)
 
+    pretrain.add_command(commands)
+
     evaluate = commands.add_parser(
-        "evaluate", help="measure a trained run on labelled texts", formatter_class=Formatter
+        "evaluate", help="measure a trained run on labelled texts", formatter_class=flags.Formatter
     )
     _add_run(evaluate)
     evaluate.add_argument(

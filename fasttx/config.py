@@ -110,7 +110,7 @@ class TrainConfig:
         None, "name of the label column (default: found)", group="data"
     )
     train_samples: int | None = setting(
-        None, "reviews to train on; a tenth more are drawn for validation", group="data"
+        None, "texts to train on (for a classifier, a tenth more for validation)", group="data"
     )
     test_samples: int | None = setting(None, "test reviews to use (default: all)", group="data")
     subset_order: str = setting(
@@ -155,6 +155,9 @@ class TrainConfig:
         0.0, "share of training words replaced by <UNK>", group="optimisation"
     )
 
+    init_from: str | None = setting(
+        None, "run folder whose tokenizer and encoder weights to start from", group="run"
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="run")
     precision: str = setting(
         "fp32",
@@ -200,6 +203,34 @@ class TrainConfig:
             values["model"] = ModelConfig(**known_fields(ModelConfig, values["model"]))
         return cls(**values)
 
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """One run of masked-language-model pretraining; settings that need labels have no effect."""
+
+    mask_share: float = setting(
+        0.15, "share of the words that are hidden and to be named", group="optimisation"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(self, 0.01, 0.9, "mask_share")
+
+
+PRETRAIN = PretrainConfig(
+    epochs=4,
+    batch_size=64,
+    optimizer="adamw",
+    lr=1e-3,
+    beta2=0.98,
+    weight_decay=0.01,
+    schedule="cosine",
+    warmup_steps=500,
+    grad_clip=1.0,
+    mask_share=0.2,
+    checkpoint_seconds=60.0,
+    model=ModelConfig(attention_dropout=0.0),
+)
 
 RECIPES: dict[str, TrainConfig] = {
     # The system this library began as, on an honest (shuffled, stratified) subset.

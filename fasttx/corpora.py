@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from fasttx import demo
-from fasttx.tables import DataError, Rows, Table, some, table_rows
-from fasttx.textfiles import READERS, file_rows, needs, tree_labels, tree_rows
+from fasttx.tables import DataError, Rows, Table, some, table_rows, table_texts
+from fasttx.textfiles import (
+    READERS,
+    file_rows,
+    file_texts,
+    folder_texts,
+    needs,
+    tree_labels,
+    tree_rows,
+)  # fmt: skip
 
 ENVIRONMENT = "FASTTX_DATA"
 HUB_NAME = "stanfordnlp/imdb"
@@ -28,6 +36,10 @@ SPLITS = {
 }  # fmt: skip
 _SPLIT_FILE = re.compile(
     rf"({'|'.join(SPLITS)})(?:-(\d+)-of-(\d+))?\.(parquet|csv|tsv|jsonl|json)", re.IGNORECASE
+)
+UNLABELLED = ("unsupervised", "unlabelled", "unlabeled")
+_UNLABELLED_FILE = re.compile(
+    rf"({'|'.join(UNLABELLED)})(?:-\d+-of-\d+)?\.(parquet|csv|tsv|jsonl|json)", re.IGNORECASE
 )
 
 
@@ -86,6 +98,7 @@ class Corpus:
     where: str
     splits: dict[str, Callable[[], Rows]]
     notes: list[str] = field(default_factory=list)
+    unlabelled: dict[str, Callable[[], list[str]]] = field(default_factory=dict)  # by place
 
 
 def read_corpus(name: str, text_column: str | None, label_column: str | None) -> Corpus:
@@ -169,7 +182,20 @@ def _folder_corpus(folder: Path, text_column: str | None, label_column: str | No
         elif tree:
             splits[split] = functools.partial(tree_rows, tree[0])
     notes = [f"ignored in {folder}: {', '.join(ignored)}"] if ignored else []
-    return Corpus(_folder_name(folder), str(folder), splits, notes)
+    unlabelled = _unlabelled(entries, text_column)
+    return Corpus(_folder_name(folder), str(folder), splits, notes, unlabelled)
+
+
+def _unlabelled(entries: list[Path], text_column: str | None) -> dict[str, Callable[[], list[str]]]:
+    """Files such as unsupervised.parquet, and the folder train/unsup of the original archive."""
+    found: dict[str, Callable[[], list[str]]] = {}
+    for entry in entries:
+        tree = entry / "unsup"
+        if entry.is_file() and _UNLABELLED_FILE.fullmatch(entry.name):
+            found[str(entry)] = functools.partial(file_texts, entry, text_column)
+        elif SPLITS.get(entry.name.lower()) == "train" and next(tree.glob("*.txt"), None):
+            found[str(tree)] = functools.partial(folder_texts, tree)
+    return found
 
 
 def _check_one_file(folder: Path, split: str, files: list[Path], trees: list[Path]) -> None:
@@ -214,7 +240,7 @@ def hub_imdb() -> dict[str, Any]:
             if unreachable:
                 reason = f"{unreachable}, and the local cache does not hold it"
             raise Unavailable(reason) from error
-    return {"train": found["train"], "test": found["test"]}
+    return {k: found[k] for k in ("train", "test", *UNLABELLED) if k in found}
 
 
 def hub_unreachable() -> str | None:
@@ -278,11 +304,18 @@ def _datasets_corpus(
     known: dict[str, Callable[[], Rows]] = {
         SPLITS[k]: functools.partial(rows, k) for k in found if k in SPLITS
     }
+    unlabelled: dict[str, Callable[[], list[str]]] = {
+        f"{where} ({k})": functools.partial(
+            lambda k: table_texts(_dataset_table(found[k], f"{where} ({k})"), text_column), k
+        )
+        for k in found
+        if k in UNLABELLED
+    }
     ignored = [k for k in found if k not in SPLITS]
     if not known:
         raise DataError(f"{where} has the splits {some(ignored)}; expected train and test")
     notes = [f"ignored in {where}: {', '.join(ignored)}"] if ignored else []
-    return Corpus(name, where, known, notes)
+    return Corpus(name, where, known, notes, unlabelled)
 
 
 def _dataset_table(dataset: Any, where: str) -> Table:

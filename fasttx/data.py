@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,10 @@ from fasttx.corpora import Source, read_corpus, resolve
 from fasttx.subsets import draw_first, draw_stratified
 from fasttx.tables import NUMBER, DataError, Label, Rows, some
 
-__all__ = ["DataError", "Source", "Split", "TextDataset", "load", "load_for_evaluation", "resolve"]
+__all__ = [
+    "DataError", "Source", "Split", "TextDataset", "load", "load_for_evaluation", "load_texts",
+    "resolve", "texts_fingerprint",
+]  # fmt: skip
 
 PLAIN_NAMES = {"neg": "negative", "pos": "positive"}
 
@@ -89,12 +92,12 @@ def load(config: TrainConfig) -> TextDataset:
         sizes = _train_sizes(config, len(train.labels), rows["train"].where)
         train, validation = _draw(train, sizes, config, _TRAIN_STREAM)
     elif n := config.train_samples:
-        _check_enough("train_samples", n, len(train.labels), rows["train"].where)
+        check_enough("train_samples", n, len(train.labels), rows["train"].where)
         (train,) = _draw(train, (n,), config, _TRAIN_STREAM)
         size = min(max(1, n // 10), len(validation.labels))
         (validation,) = _draw(validation, (size,), config, _VALIDATION_STREAM)
     if n := config.test_samples:
-        _check_enough("test_samples", n, len(test.labels), f"the test split of {corpus.where}")
+        check_enough("test_samples", n, len(test.labels), f"the test split of {corpus.where}")
         if n < len(test.labels):
             (test,) = _draw(test, (n,), config, _TEST_STREAM)
 
@@ -103,6 +106,25 @@ def load(config: TrainConfig) -> TextDataset:
         _check_classes(splits, pools, label_names, config.subset_order)
     fingerprint = _fingerprint(splits.values())
     return TextDataset(corpus.name, label_names, train, validation, test, notes, fingerprint)
+
+
+def load_texts(
+    name: str, *, text_column: str | None = None, label_column: str | None = None
+) -> tuple[list[str], list[str]]:
+    """All texts one may pretrain on, train's and those without labels, never validation's or
+    test's; and notes on where they come from. `name` as `resolve` gives it. Raises DataError."""
+    corpus = read_corpus(name, text_column, label_column)
+    reads: dict[str, Callable[[], list[str]]] = {**corpus.unlabelled}
+    if train := corpus.splits.get("train"):
+        reads = {f"{corpus.where} (train)": lambda: train().texts, **reads}
+    texts, notes = [], []
+    for where, read in reads.items():
+        found = read()
+        texts += found
+        notes.append(f"{len(found):,} texts of {where}")
+    if not texts:
+        raise DataError(f"{corpus.where} has neither a train split nor unlabelled texts")
+    return texts, notes
 
 
 def load_for_evaluation(
@@ -127,6 +149,11 @@ def load_for_evaluation(
         raise DataError(f"{corpus.where} has no {split} split; it has {', '.join(corpus.splits)}")
     rows = corpus.splits[found[0]]()
     return Split(rows.texts, _as_saved(rows, label_names))
+
+
+def texts_fingerprint(texts: Sequence[str]) -> str:
+    """SHA-256 of these texts in this order."""
+    return _fingerprint([Split(list(texts), np.zeros(0, dtype=np.int64))])
 
 
 def _fingerprint(splits: Iterable[Split]) -> str:
@@ -179,7 +206,7 @@ def _train_sizes(config: TrainConfig, count: int, where: str) -> tuple[int, int]
     return asked, more
 
 
-def _check_enough(setting: str, asked: int, count: int, where: str) -> None:
+def check_enough(setting: str, asked: int, count: int, where: str) -> None:
     if asked > count:
         raise DataError(f"{setting} is {asked:,}; {where} has {count:,} rows, ask for at most that")
 

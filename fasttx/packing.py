@@ -5,8 +5,9 @@ Shapes: B sequences, T rows (tokens of the whole batch), L padded length, N toke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,13 +71,24 @@ class RaggedIds:
         halves = self._gather(pieces, np.stack([head, lengths - head], 1).ravel())
         return RaggedIds(halves.values, halves.offsets[::2].copy())
 
+    def windows(self, max_len: int) -> tuple[RaggedIds, np.ndarray]:
+        """Every text in as few equal pieces (to within one token) of at most `max_len` as hold all
+        of it, in order; and (pieces,) int64, the text that each piece is of."""
+        pieces = np.maximum(1, -(-self.lengths // max_len))
+        owner = np.repeat(np.arange(len(self)), pieces)
+        k = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        start = self.offsets[owner] + self.lengths[owner] * k // pieces[owner]
+        offsets = np.append(start, self.offsets[-1:])
+        return RaggedIds(self.values, offsets), owner
+
 
 @dataclass(frozen=True)
 class PackedBatch:
     """B texts laid end to end in T rows; rows past `cu_seqlens[-1]` belong to nobody (a dead tail).
 
     input_ids (T,) int64, position_ids (T,) int32, cu_seqlens (B + 1,) int32,
-    max_seqlen an upper bound on the lengths (it affects speed only), labels (B,) int64 or None.
+    max_seqlen an upper bound on the lengths (it affects speed only), labels (B,) int64 or None;
+    with `rows` (M,) int64 the labels (M,) are those of these rows, not of the texts.
     """
 
     input_ids: Tensor
@@ -84,35 +96,28 @@ class PackedBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     labels: Tensor | None = None
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        def move(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=non_blocking)
-
-        return replace(
-            self,
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            cu_seqlens=move(self.cu_seqlens),
-            labels=None if self.labels is None else move(self.labels),
-        )
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """For DataLoader and for asynchronous copies to a GPU."""
-        return replace(
-            self,
-            input_ids=self.input_ids.pin_memory(),
-            position_ids=self.position_ids.pin_memory(),
-            cu_seqlens=self.cu_seqlens.pin_memory(),
-            labels=None if self.labels is None else self.labels.pin_memory(),
-        )
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        changed: dict[str, Any] = {
+            k: change(v) for k, v in vars(self).items() if torch.is_tensor(v)
+        }
+        return replace(self, **changed)
 
     def model_inputs(self) -> dict[str, Tensor | int]:
-        """The arguments of `TransformerClassifier.forward`."""
-        return {
+        """The arguments of the model's forward."""
+        rows: dict[str, Tensor | int] = {} if self.rows is None else {"rows": self.rows}
+        return rows | {
             "input_ids": self.input_ids,
             "cu_seqlens": self.cu_seqlens,
             "position_ids": self.position_ids,

@@ -13,6 +13,7 @@ import torch
 
 from fasttx import device as devices
 from fasttx.checkpoint import Progress, RunConfig, RunFolder
+from fasttx.config import ModelConfig
 from fasttx.metrics import Metrics
 
 log = logging.getLogger("fasttx")
@@ -45,9 +46,10 @@ class ProgressDisplay:
     """A bar with samples/s and time left on a terminal; elsewhere a plain line every `seconds`."""
 
     def __init__(
-        self, epochs: int, reviews: int, *, seconds: float = 30.0, quiet: bool = False
-    ) -> None:
-        self.epochs, self.reviews, self.seconds = epochs, reviews, seconds
+        self, epochs: int, reviews: int, *, seconds: float = 30.0, quiet: bool = False,
+        unit: str = "reviews",
+    ) -> None:  # fmt: skip
+        self.epochs, self.reviews, self.seconds, self.unit = epochs, reviews, seconds, unit
         self.bar: Any = None
         self.terminal = sys.stderr.isatty() and not quiet
         self.epoch = -1
@@ -80,8 +82,8 @@ class ProgressDisplay:
             rate = max(self.done - self.start, 1) / (now - self.since)
             left = (self.reviews - self.done + self.reviews * (self.epochs - self.epoch - 1)) / rate
             log.info(
-                "epoch %d/%d  %d of %d reviews  %.1f samples/s  %s left",
-                self.epoch + 1, self.epochs, self.done, self.reviews, rate, _clock(left),
+                "epoch %d/%d  %d of %d %s  %.1f samples/s  %s left",
+                self.epoch + 1, self.epochs, self.done, self.reviews, self.unit, rate, _clock(left),
             )  # fmt: skip
 
     def on_epoch(self, row: Mapping[str, Any]) -> None:
@@ -107,17 +109,23 @@ def epoch_line(row: Mapping[str, Any]) -> str:
     )
 
 
+def model_size(m: ModelConfig) -> str:
+    return (
+        f"d_model {m.d_model}, {m.num_heads} heads, {m.num_layers} layers, d_ff {m.d_ff}, "
+        f"{m.vocab_size} words, dropout {m.dropout_text}"
+    )
+
+
 def heading(run: RunConfig, folder: RunFolder, device: torch.device) -> str:
     """What is about to be trained, on what, with which settings."""
     t, m = run.train, run.train.model
     auto = " (auto)" if m.attn_backend == "auto" else ""
     length = f"{m.max_len} tokens ({t.truncation})"
-    size = f"d_model {m.d_model}, {m.num_heads} heads, {m.num_layers} layers, d_ff {m.d_ff}"
     batch = t.batch_size * t.grad_accumulation
     return f"""\
 run        {folder.path}  (recipe {run.recipe}, seed {t.seed})
 data       {run.dataset["name"]}
-model      {size}, {m.vocab_size} words, {length}, dropout {m.dropout_text}
+model      {model_size(m)}, {length}
 attention  {run.attn_backend}{auto} on {device}, {t.precision}, {torch.get_num_threads()} threads
 training   {t.epochs} epochs, batch {batch}, {t.optimizer} at {t.lr:g} ({t.schedule})"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from fasttx import data
 from fasttx import device as devices
 from fasttx.attention import registry
 from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder
-from fasttx.config import TrainConfig
+from fasttx.config import ConfigError, TrainConfig
 from fasttx.distributed import Processes
 from fasttx.token_cache import encode_cached
 from fasttx.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ def _describe(dataset: data.TextDataset) -> dict[str, object]:
     }
 
 
-def _device(name: str, precision: str, processes: Processes) -> torch.device:
+def open_device(name: str, precision: str, processes: Processes) -> torch.device:
     device = devices.pick(name)
     if device.type == "cuda" and processes.world > 1:
         device = torch.device("cuda", processes.local_rank)
@@ -73,18 +74,41 @@ def new_folder(out: Path | None, recipe: str, processes: Processes) -> RunFolder
     return RunFolder(path)
 
 
+def _tokenizer_to_start_from(config: TrainConfig) -> Tokenizer:
+    """That of the run `init_from`, after a check that its encoder has this one's shape."""
+    source = RunFolder(Path(str(config.init_from)))
+    theirs, ours = RunConfig.load(source.config).train.model, config.model
+    for name in ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "activation"):
+        there, here = getattr(theirs, name), getattr(ours, name)
+        if there != here:
+            raise ConfigError(
+                f"{name} is {here}, and {there} in {source.config}; expected the same encoder. "
+                f"Pass --{name.replace('_', '-')} {there}"
+            )
+    if not source.best_model.exists():
+        raise CheckpointError(
+            f"{source.best_model} does not exist: that run has not finished an epoch. Go on with "
+            "it first, or start from another run"
+        )
+    return Tokenizer.load(source.tokenizer)
+
+
 def create(
     config: TrainConfig, recipe: str, folder: RunFolder, dataset: data.TextDataset,
     processes: Processes,
 ) -> Run:  # fmt: skip
     """A new run: its tokenizer is made from the training split, and `auto` is settled."""
-    device = _device(config.device, config.precision, processes)
+    device = open_device(config.device, config.precision, processes)
     model = replace(config.model, num_classes=len(dataset.label_names))
     config = replace(config, model=model)
     backend = registry.resolve_name(
         model.attn_backend, device, torch.float32, model.d_model // model.num_heads
     )
-    tokenizer = Tokenizer.train(dataset.train.texts, model.vocab_size)
+    if config.init_from is None:
+        tokenizer = Tokenizer.train(dataset.train.texts, model.vocab_size)
+    else:
+        config = replace(config, init_from=os.path.abspath(config.init_from))
+        tokenizer = _tokenizer_to_start_from(config)
     run = RunConfig(
         config, backend, device.type, tuple(dataset.label_names), _describe(dataset), recipe
     )
@@ -98,7 +122,7 @@ def create(
 
 def resume(folder: RunFolder, run: RunConfig, processes: Processes) -> Run:
     """A run to go on with, on the same data, device and backend; CheckpointError if it cannot."""
-    device = _device(run.device, run.train.precision, processes)
+    device = open_device(run.device, run.train.precision, processes)
     dataset = data.load(run.train)
     if dataset.fingerprint != run.dataset["fingerprint"]:
         raise CheckpointError(

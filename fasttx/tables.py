@@ -84,6 +84,31 @@ def _find_columns(
     return text, label
 
 
+def table_texts(table: Table, text_column: str | None) -> list[str]:
+    """The texts alone, of a table whose labels are missing or of no account."""
+    names = [c for c in table.kinds if c.lower() in TEXT_NAMES]
+    text = text_column or next(iter(sorted(names, key=lambda c: TEXT_NAMES.index(c.lower()))), None)
+    if text not in table.kinds:
+        raise DataError(
+            f"{table.where} has the columns {some(list(table.kinds), 30)}; which of them holds the "
+            f"texts? Name it with --text-column"
+        )
+    return _texts(table, text)
+
+
+def _texts(table: Table, column: str) -> list[str]:
+    texts = table.read(column)
+    if not texts:
+        raise DataError(f"{table.where} holds no rows; expected at least one text")
+    for row, value in enumerate(texts):
+        if not isinstance(value, str):
+            raise DataError(
+                f"{table.where}, {table.place(row)}: the text (column {column!r}) is "
+                f"{shown(value)}; mend or remove that row, or name another --text-column"
+            )
+    return texts
+
+
 def _label(value: Any) -> Label | None:
     """A label as integer or string; None for what is neither."""
     if isinstance(value, bool):
@@ -97,17 +122,9 @@ def _label(value: Any) -> Label | None:
 
 def table_rows(table: Table, text_column: str | None, label_column: str | None) -> Rows:
     text, label = _find_columns(table, text_column, label_column)
-    texts, raw = table.read(text), table.read(label)
-    if not texts:
-        raise DataError(f"{table.where} holds no rows; expected at least one text with its label")
-    for row, value in enumerate(texts):
-        if not isinstance(value, str):
-            raise DataError(
-                f"{table.where}, {table.place(row)}: the text (column {text!r}) is "
-                f"{shown(value)}; mend or remove that row, or name another --text-column"
-            )
+    texts = _texts(table, text)
     labels: list[Label] = []
-    for row, value in enumerate(raw):
+    for row, value in enumerate(table.read(label)):
         found = _label(value)
         if found is None:
             raise DataError(

@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from fasttx.tables import NUMBER, DataError, Label, Rows, Table, shown, some, table_rows
+from fasttx.tables import (
+    NUMBER,
+    DataError,
+    Label,
+    Rows,
+    Table,
+    shown,
+    some,
+    table_rows,
+    table_texts,
+)
 
 
 def needs(package: str, why: str) -> str:
@@ -204,6 +214,16 @@ def file_rows(paths: list[Path], text_column: str | None, label_column: str | No
     )
 
 
+def file_texts(path: Path, text_column: str | None) -> list[str]:
+    """The texts of a file without labels, or whose labels are of no account."""
+    return table_texts(READERS[path.suffix.lower()](path), text_column)
+
+
+def folder_texts(folder: Path) -> list[str]:
+    """The *.txt files of one folder, in the order of their names."""
+    return [_utf8(path, _file_bytes(path)) for path in sorted(folder.glob("*.txt"))]
+
+
 def tree_labels(folder: Path) -> list[Path]:
     """The folders of `folder` that stand for a label: those with texts in them."""
     return sorted(
@@ -217,7 +237,7 @@ def tree_rows(folder: Path) -> Rows:
     texts: list[str] = []
     labels: list[Label] = []
     for label in tree_labels(folder):
-        files = sorted(label.glob("*.txt"))
-        texts += [_utf8(path, _file_bytes(path)) for path in files]
-        labels += [label.name] * len(files)
+        found = folder_texts(label)
+        texts += found
+        labels += [label.name] * len(found)
     return Rows(texts, labels, str(folder))

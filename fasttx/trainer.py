@@ -35,9 +35,9 @@ from fasttx.checkpoint import (
 from fasttx.classifier import predict_logits
 from fasttx.config import TrainConfig
 from fasttx.distributed import Processes
+from fasttx.encoder import Encoder
 from fasttx.metrics import Metrics, classification_metrics
-from fasttx.model import TransformerClassifier
-from fasttx.packing import RaggedIds, pack, shuffled_batches
+from fasttx.packing import PackedBatch, RaggedIds, pack, shuffled_batches
 from fasttx.tokenizer import UNK_ID
 
 log = logging.getLogger("fasttx")
@@ -102,7 +102,7 @@ class Trainer:
     """One run: `fit` trains, `evaluate` measures. The model is already on its device."""
 
     def __init__(
-        self, model: TransformerClassifier, run: RunConfig, folder: RunFolder,
+        self, model: Encoder, run: RunConfig, folder: RunFolder,
         device: torch.device, processes: Processes,
     ) -> None:  # fmt: skip
         self.model, self.run, self.folder = model, run, folder
@@ -238,11 +238,9 @@ class Trainer:
         config, progress, processes = self.config, self.progress, self.processes
         stream = (config.seed, WORD_DROPOUT_STREAM, progress.epoch, number, processes.rank)
         mine = processes.share(indices)
-        ids = drop_words(train.ids.select(mine), config.word_dropout, stream)
-        multiple = devices.token_multiple(self.device)
-        batch = self._upload(pack(ids, train.labels[mine], token_multiple=multiple))
+        batch = self._upload(self.batch(train, mine, stream))
         labels = batch.labels
-        assert labels is not None  # they were packed just above
+        assert labels is not None
         seed = forward_seed(config.seed, progress.micro_step, processes.rank)
         torch.manual_seed(seed)  # for backends that draw from torch's generator
         with devices.autocast(self.device, config.precision):
@@ -250,26 +248,35 @@ class Trainer:
             logits = self.module(**batch.model_inputs(), seed=at)
         smoothing = config.label_smoothing
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
+        loss = loss * (len(mine) / max(1, len(labels)))  # several labels a text: their mean
         # DDP averages the gradients of its processes; the sum over the group's reviews is wanted.
         self.scaler.scale(loss * (processes.world / reviews)).backward()
         progress.micro_step += 1
         with torch.no_grad():
-            correct = (logits.argmax(-1) == labels).sum()
+            correct = (logits.argmax(-1) == labels).sum() * (len(mine) / max(1, len(labels)))
             count = torch.full_like(correct, len(mine))
             self._totals += torch.stack([loss.detach(), correct, count])
+
+    def batch(
+        self, examples: Examples, indices: np.ndarray, stream: tuple[int, ...]
+    ) -> PackedBatch:
+        """What the model is trained on; its random numbers are a pure function of `stream`."""
+        ids = drop_words(examples.ids.select(indices), self.config.word_dropout, stream)
+        multiple = devices.token_multiple(self.device)
+        return pack(ids, examples.labels[indices], token_multiple=multiple)
 
     def _end_epoch(self, validation: Examples) -> dict[str, Any]:
         progress = self.progress
         self._read_totals()
         loss, correct, count = progress.totals
-        measured = self.evaluate(validation)
+        val_loss, val_accuracy = self.measure(validation)
         row = {
             "kind": "epoch",
             "epoch": progress.epoch + 1,
             "train_loss": loss / count,
             "train_accuracy": correct / count,
-            "val_loss": measured.loss,
-            "val_accuracy": measured.accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
             "seconds": progress.epoch_seconds,
             "samples_per_second": count / progress.epoch_seconds,
         }
@@ -284,6 +291,11 @@ class Trainer:
         progress.logged = [0.0, 0.0, 0.0]
         self._save()
         return row
+
+    def measure(self, examples: Examples) -> tuple[float, float]:
+        """Loss and accuracy, by which the best epoch is chosen."""
+        metrics = self.evaluate(examples)
+        return metrics.loss, metrics.accuracy
 
     def evaluate(self, examples: Examples) -> Metrics:
         """Exact over all processes: each predicts a share, and no review counts twice."""

@@ -27,7 +27,7 @@ GENERATOR = {"attention.dropout", "attention.padded"}
 ADAPTERS = {backend.module.removeprefix("fasttx.") for backend in BACKENDS.values()}
 ATTENTION = {"attention", "attention.convenience", "attention.registry", *GENERATOR, *ADAPTERS}
 TEXT = {"tokenizer", "token_cache", "tables", "corpora", "data"}
-CORE = LEAVES | GENERATOR | {"attention", "attention.registry", "model", "device"}
+CORE = LEAVES | GENERATOR | {"attention", "attention.registry", "encoder", "model", "device"}
 WORK = CORE | TEXT | {"checkpoint", "classifier"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -50,8 +50,11 @@ ALLOWED: dict[str, set[str]] = {
     "attention": {"attention.convenience", "attention.registry"},
     "kernels": set(),
     # The weights that return_attention shows are the reference's.
-    "model": {*GENERATOR, "attention", "attention.registry", "attention.reference"}
+    "encoder": {*GENERATOR, "attention", "attention.registry", "attention.reference"}
     | {"config", "packing", "rowops"},
+    "model": {"attention", "attention.registry", "config", "encoder", "packing"},
+    "masked_lm": {"attention", "attention.registry", "config", "encoder", "packing", "rowops"}
+    | {"tokenizer"},
     "tokenizer": {"files", "packing"},
     "token_cache": {"files", "packing", "tokenizer"},
     "textfiles": {"tables"},
@@ -62,7 +65,9 @@ ALLOWED: dict[str, set[str]] = {
     "report": CORE | {"attention.mps", "checkpoint"},
     "trainer": WORK | {"report"},
     "runs": WORK | {"report", "trainer"},
-    "cli": WORK | {"doctor", "report", "trainer", "runs"},
+    "flags": {"config"},
+    "pretrain": WORK | {"flags", "masked_lm", "report", "trainer", "runs"},
+    "cli": WORK | {"doctor", "flags", "pretrain", "report", "trainer", "runs"},
     "": {"attention", "classifier", "config", "model", "packing", "tokenizer", "version"},
     "train.py": WORK | {"report", "trainer", "runs", "cli"},
 }

@@ -803,7 +803,8 @@ def test_hub_is_used_where_it_can_be_reached(
     monkeypatch: pytest.MonkeyPatch, no_hub_cache: None
 ) -> None:
     hub = Hub(monkeypatch, unreachable=None, has=True)
-    assert corpora.hub_imdb() == {"train": "a", "test": "b"} == corpora.hub_imdb()
+    expected = {"train": "a", "test": "b", "unsupervised": "c"}
+    assert corpora.hub_imdb() == expected == corpora.hub_imdb()
     assert hub.offline == [False]
 
 

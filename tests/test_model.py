@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fasttx import ModelConfig, TransformerClassifier, pack
 from fasttx.attention import dropout, reference, registry
 from fasttx.config import ConfigError
-from fasttx.model import mean_pool, sinusoidal_positions
+from fasttx.encoder import sinusoidal_positions
+from fasttx.model import mean_pool
 from fasttx.packing import RaggedIds
 from tests import equivalence
 from tests.equivalence import adapter_of, over_backends

@@ -1,0 +1,244 @@
+"""Masked-language-model pretraining: what is hidden, what is learned, and what is handed on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fasttx
+import train
+from fasttx import cli, data
+from fasttx.checkpoint import CheckpointError, load_encoder, load_state, save_state
+from fasttx.config import ModelConfig, PretrainConfig
+from fasttx.masked_lm import MaskedLanguageModel, mask_words
+from fasttx.model import TransformerClassifier
+from fasttx.packing import RaggedIds, pack
+from fasttx.tokenizer import UNK_ID
+
+MODEL = ModelConfig(
+    vocab_size=50, d_model=32, num_heads=4, num_layers=2, d_ff=64, max_len=40,
+    attn_backend="reference",
+)  # fmt: skip
+SIZES = (
+    "--vocab-size 400 --d-model 32 --num-heads 2 --num-layers 1 --d-ff 64 --max-len 32 "
+    "--attn-backend reference"
+).split()
+QUICK = [*SIZES, *"--dataset demo --train-samples 300 --epochs 2".split()]
+
+
+def ragged(texts: int = 400, vocab: int = 50) -> RaggedIds:
+    rng = np.random.default_rng(0)
+    return RaggedIds.from_lists(
+        [rng.integers(1, vocab, rng.integers(1, 40)).tolist() for _ in range(texts)]
+    )
+
+
+# --- what is hidden -------------------------------------------------------------------------------
+
+
+def test_a_share_of_the_known_words_is_hidden_eight_in_ten_by_unk() -> None:
+    ids = ragged(4000)
+    shown, rows, words = mask_words(ids, 0.2, 50, (0, 1))
+    known = (ids.values != UNK_ID).sum()
+    assert len(rows) / known == pytest.approx(0.2, abs=4 * math.sqrt(0.16 / known))
+    assert np.array_equal(words, ids.values[rows])
+    assert UNK_ID not in words
+    assert np.array_equal(shown.offsets, ids.offsets)
+    elsewhere = np.ones(len(ids.values), dtype=bool)
+    elsewhere[rows] = False
+    assert np.array_equal(shown.values[elsewhere], ids.values[elsewhere])
+    n, stayed = len(rows), (shown.values[rows] == words).mean()
+    assert (shown.values[rows] == UNK_ID).mean() == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / n))
+    # One in ten stays, and a random word is the same one by chance in 1 of 48.
+    assert stayed == pytest.approx(0.1 + 0.1 / 48, abs=4 * math.sqrt(0.09 / n))
+    assert shown.values.min() >= UNK_ID
+    assert shown.values.max() < 50
+
+
+def test_masks_are_a_function_of_the_stream() -> None:
+    ids = ragged()
+    one, again, other = (mask_words(ids, 0.2, 50, s) for s in ((3, 1), (3, 1), (3, 2)))
+    assert np.array_equal(one[0].values, again[0].values)
+    assert not np.array_equal(one[1], other[1])
+
+
+def test_a_text_without_known_words_has_nothing_to_hide() -> None:
+    ids = RaggedIds.from_lists([[UNK_ID] * 5, []])
+    shown, rows, words = mask_words(ids, 0.9, 50, (0,))
+    assert len(rows) == len(words) == 0
+    assert np.array_equal(shown.values, ids.values)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def test_logits_are_the_head_on_the_rows_asked_for() -> None:
+    torch.manual_seed(0)
+    model = MaskedLanguageModel(MODEL).double().eval()
+    batch = pack(ragged(8))
+    rows = torch.tensor([5, 0, 17])
+    inputs = batch.model_inputs()
+    logits = model(**inputs, rows=rows)
+    with torch.no_grad():
+        n = model.encode(**inputs).n[rows]
+        x = F.gelu(model.head.dense(n))
+        x = F.layer_norm(x, (32,), model.head.norm.weight, model.head.norm.bias)
+        expected = x @ model.embedding.T + model.head.bias
+    torch.testing.assert_close(logits, expected)
+
+
+def test_the_embedding_learns_from_both_its_ends() -> None:
+    torch.manual_seed(0)
+    model = MaskedLanguageModel(MODEL)
+    rows = torch.tensor([1])
+    logits = model(**pack(RaggedIds.from_lists([[3, 4, 5]])).model_inputs(), rows=rows)
+    F.cross_entropy(logits, torch.tensor([7])).backward()
+    gradient = model.embedding.grad
+    assert gradient is not None
+    touched = set(torch.nonzero(gradient.abs().sum(1)).flatten().tolist())
+    assert touched == set(range(50))  # as an output, every word; 3, 4 and 5 as inputs too
+
+
+def test_encoder_weights_move_between_heads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pretrained, classifier = MaskedLanguageModel(MODEL), TransformerClassifier.from_config(MODEL)
+    save_state(tmp_path / "best_model.pt", pretrained.state_dict())
+    head = {k: v.clone() for k, v in classifier.head.state_dict().items()}
+    load_encoder(classifier, tmp_path / "best_model.pt")
+    batch = pack(ragged(8)).model_inputs()
+    torch.testing.assert_close(
+        classifier.eval().encode(**batch).n, pretrained.eval().encode(**batch).n
+    )
+    for name, value in classifier.head.state_dict().items():
+        assert torch.equal(value, head[name])
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_pretrain_then_fine_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, tuned = tmp_path / "pretrained", tmp_path / "tuned"
+    settings = "--train-samples 4000 --epochs 4 --lr 0.005 --warmup-steps 20".split()
+    assert cli.main(["pretrain", *QUICK, *settings, "--out", str(run)]) == 0
+    results = json.loads((run / "results.json").read_text())
+    # 400 words, of which the demo's grammar leaves few possible at a place: far below chance's 400.
+    assert results["perplexity"] < 150
+    assert results["masked_loss"] == pytest.approx(math.log(results["perplexity"]))
+    assert "--init-from" in capsys.readouterr().out
+
+    arguments = [*QUICK, "--test-samples", "50", "--init-from", str(run), "--out", str(tuned)]
+    assert train.main(arguments) == 0
+    assert (tuned / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+    assert json.loads((tuned / "results.json").read_text())["config"]["init_from"] == str(run)
+    before, after = (load_state(f / "best_model.pt") for f in (run, tuned))
+    moved = (after["embedding"] - before["embedding"]).norm() / before["embedding"].norm()
+    assert 0 < moved < 0.5
+    fasttx.load(tuned, device="cpu").predict(["fine"])
+
+
+def test_an_unbroken_run_and_a_resumed_one_are_the_same(tmp_path: Path, monkeypatch) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli.main(["pretrain", *QUICK, "--out", str(whole)]) == 0
+
+    from fasttx.pretrain import MaskedTrainer
+
+    step, calls = MaskedTrainer._step, iter(range(1000))
+
+    def until_interrupted(self, *arguments):
+        step(self, *arguments)
+        self._stop = next(calls) == 6  # in the middle of the second epoch
+
+    monkeypatch.setattr(MaskedTrainer, "_step", until_interrupted)
+    assert cli.main(["pretrain", *QUICK, "--out", str(parts)]) == 130
+    monkeypatch.setattr(MaskedTrainer, "_step", step)
+    assert not (parts / "results.json").exists()
+    assert cli.main(["pretrain", "--resume", str(parts)]) == 0
+    one, other = (load_state(f / "best_model.pt") for f in (whole, parts))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_runs_of_the_two_kinds_are_told_apart(tmp_path: Path, capsys) -> None:
+    run = tmp_path / "pretrained"
+    assert cli.main(["pretrain", *QUICK, "--epochs", "1", "--out", str(run)]) == 0
+    with pytest.raises(CheckpointError, match=r"a run of pretraining.*--init-from"):
+        fasttx.load(run)
+    assert train.main(["--resume", str(run)]) == 2
+    assert "fasttx pretrain --resume" in capsys.readouterr().err
+
+    assert train.main([*QUICK, "--d-model", "64", "--init-from", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert "d_model is 64, and 32 in" in message
+    assert "--d-model 32" in message
+    assert train.main([*QUICK, "--init-from", str(tmp_path / "none")]) == 2
+    assert "is no fasttx run" in capsys.readouterr().err
+
+
+def test_resume_on_other_texts_is_refused(tmp_path: Path, capsys) -> None:
+    folder, run = tmp_path / "texts", tmp_path / "run"
+    folder.mkdir()
+    rows = [json.dumps({"text": f"number {i} of many", "label": i % 2}) for i in range(40)]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    arguments = [*SIZES, "--epochs", "1", "--dataset", str(folder), "--out", str(run)]
+    assert cli.main(["pretrain", *arguments]) == 0
+    (run / "results.json").unlink()
+    (folder / "train.jsonl").write_text("\n".join(rows[1:]))
+    assert cli.main(["pretrain", "--resume", str(run)]) == 2
+    assert "was made with other texts" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--resume", str(run), "--lr", "1"])
+    assert "leave out --lr" in capsys.readouterr().err
+
+
+def test_a_share_that_cannot_be_is_refused() -> None:
+    with pytest.raises(fasttx.config.ConfigError, match="mask_share is 1"):
+        PretrainConfig(mask_share=1.0)
+
+
+# --- the texts ------------------------------------------------------------------------------------
+
+
+def test_texts_are_those_of_train_and_the_unlabelled_ones(tmp_path: Path) -> None:
+    def rows(words: list[str], **more) -> str:
+        return "\n".join(json.dumps({"text": w, **more}) for w in words)
+
+    (tmp_path / "train.jsonl").write_text(rows(["a", "b"], label=1))
+    (tmp_path / "test.jsonl").write_text(rows(["secret"], label=1))
+    (tmp_path / "validation.jsonl").write_text(rows(["also secret"], label=0))
+    (tmp_path / "unsupervised.jsonl").write_text(rows(["c"]))  # has no column of labels
+    (tmp_path / "unlabeled-00000-of-00001.jsonl").write_text(rows(["d"], label=-1))
+    texts, notes = data.load_texts(str(tmp_path))
+    assert sorted(texts) == ["a", "b", "c", "d"]
+    assert any("2 texts" in note and "train" in note for note in notes)
+    assert any("1 texts" in note and "unsupervised.jsonl" in note for note in notes)
+
+
+def test_texts_of_the_original_archive(tmp_path: Path) -> None:
+    for name, text in (("pos/0_9", "good"), ("neg/0_1", "bad"), ("unsup/0_0", "either")):
+        path = tmp_path / "train" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    texts, _ = data.load_texts(str(tmp_path))
+    assert sorted(texts) == ["bad", "either", "good"]
+
+
+def test_no_column_of_texts_is_named(tmp_path: Path) -> None:
+    (tmp_path / "unsupervised.jsonl").write_text(json.dumps({"foo": "a", "bar": "b"}))
+    with pytest.raises(data.DataError, match=r"'foo', 'bar'.*--text-column"):
+        data.load_texts(str(tmp_path))
+
+
+def test_windows_hold_every_word_once() -> None:
+    ids = RaggedIds.from_lists([list(range(n)) for n in (5, 0, 6, 7, 12, 13)])
+    pieces, owner = ids.windows(6)
+    assert owner.tolist() == [0, 1, 2, 3, 3, 4, 4, 5, 5, 5]
+    assert pieces.lengths.tolist() == [5, 0, 6, 3, 4, 6, 6, 4, 4, 5]
+    assert np.array_equal(pieces.values, ids.values)
+    assert pieces[3].tolist() == [0, 1, 2]
+    assert pieces[4].tolist() == [3, 4, 5, 6]
