@@ -818,7 +818,7 @@ def test_cache_is_used_where_the_hub_is_out_of_reach(
     monkeypatch: pytest.MonkeyPatch, no_hub_cache: None
 ) -> None:
     hub = Hub(monkeypatch, unreachable="no network", has=True)
-    assert corpora.hub_imdb() == {"train": "a", "test": "b"}
+    assert corpora.hub_imdb() == {"train": "a", "test": "b", "unsupervised": "c"}
     assert hub.offline == [True]
     from huggingface_hub import constants
 
