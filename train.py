@@ -6,12 +6,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from fasttx import cli, data, distributed, metrics, report, runs
-from fasttx.checkpoint import CLASSIFICATION, RunConfig, RunFolder, load_encoder
+from fasttx.checkpoint import CLASSIFICATION, RunConfig, RunFolder
 from fasttx.files import write_json_atomic
 from fasttx.model import TransformerClassifier
 from fasttx.trainer import Interrupted, Trainer
@@ -68,9 +67,8 @@ def train(run: runs.Run, processes: distributed.Processes) -> int:
     model = TransformerClassifier.from_config(
         replace(config.model, attn_backend=run.config.attn_backend)
     ).to(run.device)
-    if config.init_from:
-        load_encoder(model, RunFolder(Path(config.init_from)).best_model)
-        log.info("encoder    starts from %s", config.init_from)
+    if not run.folder.last.exists():
+        run.first_weights(model)
     trainer = Trainer(model, run.config, run.folder, run.device, processes)
     if trainer.restore():
         at = trainer.progress

@@ -13,12 +13,15 @@ import torch
 from fasttx import data
 from fasttx import device as devices
 from fasttx.attention import registry
-from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder
+from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder, load_encoder
 from fasttx.config import ConfigError, TrainConfig
 from fasttx.distributed import Processes
+from fasttx.model import TransformerClassifier
+from fasttx.packing import RaggedIds
 from fasttx.token_cache import encode_cached
 from fasttx.tokenizer import Tokenizer
 from fasttx.trainer import Examples
+from fasttx.word_vectors import word_vectors
 
 log = logging.getLogger("fasttx")
 
@@ -34,11 +37,18 @@ class Run:
     train: Examples
     validation: Examples
     test: Examples
+    train_ids: RaggedIds  # the training texts in full
 
-
-def _examples(tokenizer: Tokenizer, split: data.Split, config: TrainConfig) -> Examples:
-    ids = encode_cached(tokenizer, split.texts)
-    return Examples(ids.truncate(config.model.max_len, config.truncation), split.labels)
+    def first_weights(self, model: TransformerClassifier) -> None:
+        """What the settings say that a new run starts from, beside random weights."""
+        config = self.config.train
+        if config.word_vectors:
+            log.info("embedding  starts from word vectors of the training texts")
+            size = config.model.vocab_size, config.model.d_model
+            model.set_word_vectors(word_vectors(self.train_ids, *size, config.seed))
+        if config.init_from:
+            log.info("encoder    starts from %s", config.init_from)
+            load_encoder(model, RunFolder(Path(config.init_from)).best_model)
 
 
 def _describe(dataset: data.TextDataset) -> dict[str, object]:
@@ -137,8 +147,10 @@ def _open(
     folder: RunFolder, run: RunConfig, device: torch.device, tokenizer: Tokenizer,
     dataset: data.TextDataset,
 ) -> Run:  # fmt: skip
-    splits = (
-        _examples(tokenizer, split, run.train)
-        for split in (dataset.train, dataset.validation, dataset.test)
-    )
-    return Run(folder, run, device, tokenizer, *splits)
+    whole, splits = [], []
+    for split in (dataset.train, dataset.validation, dataset.test):
+        ids = encode_cached(tokenizer, split.texts)
+        whole.append(ids)
+        read = ids.truncate(run.train.model.max_len, run.train.truncation)
+        splits.append(Examples(read, split.labels))
+    return Run(folder, run, device, tokenizer, *splits, whole[0])
