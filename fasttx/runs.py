@@ -147,10 +147,12 @@ def _open(
     folder: RunFolder, run: RunConfig, device: torch.device, tokenizer: Tokenizer,
     dataset: data.TextDataset,
 ) -> Run:  # fmt: skip
-    whole, splits = [], []
-    for split in (dataset.train, dataset.validation, dataset.test):
-        ids = encode_cached(tokenizer, split.texts)
-        whole.append(ids)
-        read = ids.truncate(run.train.model.max_len, run.train.truncation)
-        splits.append(Examples(read, split.labels))
-    return Run(folder, run, device, tokenizer, *splits, whole[0])
+    def examples(ids: RaggedIds, split: data.Split) -> Examples:
+        return Examples(ids.truncate(run.train.model.max_len, run.train.truncation), split.labels)
+
+    splits = (dataset.train, dataset.validation, dataset.test)
+    train, validation, test = (encode_cached(tokenizer, split.texts) for split in splits)
+    return Run(
+        folder, run, device, tokenizer, examples(train, dataset.train),
+        examples(validation, dataset.validation), examples(test, dataset.test), train,
+    )  # fmt: skip
