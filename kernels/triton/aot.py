@@ -1,10 +1,10 @@
 """Compiles the kernels ahead of time for GPUs that need not be there, and reports what they use.
 
-    python -m fasttx.kernels.triton.aot [--all] [--target sm_90 ...] [--markdown FILE]
+    python -m fasttx.kernels.triton.aot [--all] [--only REGEX] [--target sm_90 ...]
 
 By default the default model's configurations; with --all every one that the tables can ask for.
-Exits with 1 where a kernel asks for more shared memory than its chip has, or spills where the
-tables promise that it does not. Needs no GPU: Triton carries the assemblers.
+Exits with 1 where a kernel does not compile, asks for more shared memory than its chip has, or
+spills where the tables promise that it does not. Needs no GPU: Triton carries the assemblers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,9 @@ class Usage:
     registers: int
     shared: int
     stack: int
+
+    def __str__(self) -> str:
+        return f"{self.registers} / {self.shared} / {self.stack}"
 
 
 def attention(
@@ -223,42 +226,65 @@ def faults(configuration: Configuration, target: str, used: Usage) -> list[str]:
     return wrong
 
 
-def examine(work: tuple[Configuration, str]) -> tuple[Configuration, str, Usage]:
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kernel on one target: what it takes (None: it does not compile), and what is wrong."""
+
+    configuration: Configuration
+    target: str
+    used: Usage | None
+    faults: list[str]
+
+
+def examine(work: tuple[Configuration, str]) -> Row:
     configuration, target = work
-    return configuration, target, usage(compile_for(configuration, target), target)
+    try:
+        used = usage(compile_for(configuration, target), target)
+    except Exception as error:  # one of thousands: the others are still worth their hours
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return Row(configuration, target, None, [f"does not compile: {why[:300]}"])
+    return Row(configuration, target, used, faults(configuration, target, used))
 
 
-def table(rows: list[tuple[Configuration, str, Usage]]) -> str:
-    """Markdown, one line a configuration and target."""
-    lines = ["| kernel | target | warps of 32 | registers | shared, bytes | spilled, bytes |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for c, target, used in rows:
-        cells = (c, target, c.num_warps, used.registers, used.shared, used.stack)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+def table(rows: list[Row]) -> str:
+    """Markdown: a line a configuration, a column a target, `registers / shared bytes / spilled`."""
+    targets = list(dict.fromkeys(row.target for row in rows))
+    cells = {(row.configuration, row.target): row.used for row in rows}
+    lines = [f"| {' | '.join(['kernel', 'warps', *targets])} |", "|---" * (2 + len(targets)) + "|"]
+    for c in dict.fromkeys(row.configuration for row in rows):
+        taken = [str(cells[c, target] or "-") for target in targets]
+        lines.append(f"| {' | '.join([str(c), str(c.num_warps), *taken])} |")
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--all", action="store_true", help="every configuration of the tables")
+    parser.add_argument("--only", metavar="REGEX", default="", help="those whose line matches")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=[*TARGETS])
     parser.add_argument("--markdown", type=Path, help="write the table of resources there")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-    configurations = list(every() if arguments.all else default_model())
+    arguments = parser.parse_args(argv)
+    wanted = re.compile(arguments.only)
+    configurations = [c for c in (every() if arguments.all else default_model())
+                      if wanted.search(str(c))]  # fmt: skip
+    if not configurations:
+        parser.error(f"--only {arguments.only!r} matches no configuration")
     work = list(itertools.product(configurations, arguments.target))
-    rows, wrong = [], []
+    rows = []
     with concurrent.futures.ProcessPoolExecutor(arguments.workers) as pool:
-        for done, row in enumerate(pool.map(examine, work), 1):
+        for row in pool.map(examine, work):
             rows.append(row)
-            wrong += [f"{row[0]} on {row[1]}: {fault}" for fault in faults(*row)]
             if sys.stderr.isatty():
-                print(f"\r{done} of {len(work)}", end="", file=sys.stderr)
+                print(f"\r{len(rows)} of {len(work)}", end="", file=sys.stderr)
     text = table(rows)
     if arguments.markdown:
         arguments.markdown.write_text(text, encoding="utf-8")
     else:
         print(text)
+    wrong = [
+        f"{row.configuration} on {row.target}: {fault}" for row in rows for fault in row.faults
+    ]
     for line in wrong:
         print(line, file=sys.stderr)
     print(f"{len(rows)} compiled, {len(wrong)} faults")
