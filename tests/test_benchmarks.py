@@ -513,3 +513,62 @@ def test_device_report_measures_errors(monkeypatch):
     device_report.errors(report, BACKENDS["fake"], [5, 0, 9], CPU)
     device_report.errors(report, BACKENDS["reference"], [5, 0, 9], CPU)
     assert "TOO FAR" in report.lines[0] and "TOO FAR" not in report.lines[1]
+
+
+def test_device_report_names_the_fastest_peer_of_the_same_function():
+    def row(name: str, ms: float, kernel_ms: float = math.nan, note: str = "") -> figures.Row:
+        return figures.Row(name, 1.0, 1.0, ms, (ms, ms), 1.0, 0.5, 0.0, kernel_ms, 3, note, False)
+
+    ours, peer = row("fasttx-a", 4.0), row("peer", 6.0)
+    found = [peer, row("fasttx-b", 5.0), ours, row("other", 1.0, note="no dropout")]
+    assert "fasttx-a is 1.50x as fast as the fastest peer, peer, at 50 %" in device_report.lead(
+        found
+    )
+    timed_kernels = [row("fasttx-a", 4.0, 1.0), row("peer", 3.0, 2.0)]
+    assert "fasttx-a is 2.00x" in device_report.lead(timed_kernels)
+    assert device_report.lead([ours]) == device_report.lead([peer]) == ""
+
+
+def test_device_report_shows_what_the_suite_found(monkeypatch):
+    says = "print('FAILED tests/x.py::y'); print('1 failed, 8 passed in 2 s'); raise SystemExit(1)"
+    monkeypatch.setattr(device_report, "suite_command", lambda _: [sys.executable, "-c", says])
+    report = device_report.Report(seconds=60)
+    device_report.equivalence_suite(report, CPU)
+    assert "1 failed, 8 passed" in report.lines[0] and "tests/x.py::y" in report.lines[1]
+    monkeypatch.undo()
+    command = device_report.suite_command(torch.device("cuda"))
+    assert command[-1] == "cuda"
+    files = [word for word in command if word.startswith("tests/")]
+    assert files and all((ROOT / name).exists() for name in files)
+
+
+def test_device_report_sanitizes_what_runs_on_cuda(monkeypatch, tmp_path):
+    """With an allocation for each tensor; and says how where the tool is missing."""
+    cuda = torch.device("cuda")
+    ours = dataclasses.replace(BACKENDS["reference"], name="ours", devices=("cuda",))
+    monkeypatch.setattr(device_report, "BACKENDS", {"ours": ours})
+    monkeypatch.setattr(device_report.shutil, "which", lambda *_, **__: None)
+    report = device_report.Report(seconds=60)
+    device_report.sanitizer(report, cuda)
+    assert device_report.UNCACHED in report.lines[0] and "--once triton" in report.lines[0]
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\necho "ERROR SUMMARY: $PYTORCH_NO_CUDA_MEMORY_CACHING errors in $6"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(Backend, "unavailable_reasons", lambda *_: [])
+    monkeypatch.setattr(device_report.shutil, "which", lambda *_, **__: str(tool))
+    device_report.sanitizer(report, cuda)
+    assert report.lines[1] == "compute-sanitizer, ours: ERROR SUMMARY: 1 errors in ours"
+
+
+def test_device_report_s_pass_for_the_sanitizer(monkeypatch):
+    """Every operation, on every kind of sequence, forward and backward."""
+    monkeypatch.setattr(device_report.devices, "pick", lambda: CPU)
+    shapes = []
+    outcome = device_report.outcome
+    monkeypatch.setattr(
+        device_report, "outcome", lambda *x: shapes.append(x[1].name) or outcome(*x)
+    )
+    device_report.once("reference")
+    assert set(shapes) == {"whole rows", "online"}

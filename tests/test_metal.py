@@ -294,8 +294,8 @@ def test_sound_kernels_pass_the_check(metal, part, dtype):
 # -------------------------------------------------------------------------------------- operators
 
 
-def test_operators_keep_torch_s_rules(metal):
-    """Schemas, fake kernels, autograd registration, and tracing with dynamic shapes."""
+def operator_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Each operator that has a derivative, with arguments."""
     from fasttx.kernels.metal import attention, rowops
 
     seed = torch.tensor(SEED)
@@ -307,14 +307,31 @@ def test_operators_keep_torch_s_rules(metal):
     vectors = [torch.randn(40, requires_grad=True) for _ in range(3)]
     table = torch.randn(11, 40, requires_grad=True)
     ids = torch.arange(30) % 11
-    for operator, arguments in (
-        (attention.attention, (qkv, *spans)),
-        (attention.attention_qkv, (*apart, *spans)),
-        (rowops.embed, (ids, ids.int(), table, torch.randn(30, 40), 6554, seed)),
-        (rowops.add_norm, (h, y, *vectors, 6554, seed, 1e-5)),
-        (rowops.bias_act, (h, vectors[0], 6554, seed, True)),
-    ):
+    yield attention.attention, (qkv, *spans)
+    yield attention.attention_qkv, (*apart, *spans)
+    yield rowops.embed, (ids, ids.int(), table, torch.randn(30, 40), 6554, seed)
+    yield rowops.add_norm, (h, y, *vectors, 6554, seed, 1e-5)
+    yield rowops.bias_act, (h, vectors[0], 6554, seed, True)
+
+
+def test_operators_keep_torch_s_rules(metal):
+    """Schemas, fake kernels, autograd registration, and tracing with dynamic shapes."""
+    for operator, arguments in operator_calls():
         torch.library.opcheck(operator, arguments)
+
+
+def test_a_second_derivative_is_refused(metal):
+    """By each operator, and not left out with a warning. The first one stands."""
+    for operator, arguments in operator_calls():
+        out = operator(*arguments)
+        leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+        loss = (out if isinstance(out, Tensor) else out[0]).square().sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        assert all(x.isfinite().all() for x in first)
+        with pytest.raises(
+            NotImplementedError, match="Metal kernels.*second derivative.*reference"
+        ):
+            sum(x.square().sum() for x in first).backward()
 
 
 def test_compiled_without_a_break(metal):

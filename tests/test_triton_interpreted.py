@@ -136,6 +136,21 @@ def test_opcheck(adapter, name, threshold):
     torch.library.opcheck(operator, _operator_calls(threshold)[name])
 
 
+@pytest.mark.parametrize("name", [n for n in _operator_calls(0) if not n.endswith("_backward")])
+def test_a_second_derivative_is_refused(adapter, name):
+    """By each operator, and not left out with a warning. The first one stands."""
+    from fasttx.kernels.triton import add_norm, attention, bias_act, embed  # noqa: F401
+
+    arguments = _operator_calls(6554)[name]
+    out = getattr(torch.ops.fasttx_triton, name).default(*arguments)
+    leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    loss = (out if isinstance(out, Tensor) else out[0]).square().sum()
+    first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+    assert all(x.isfinite().all() for x in first)
+    with pytest.raises(NotImplementedError, match="triton backend.*second derivative.*reference"):
+        sum(x.square().sum() for x in first).backward()
+
+
 def test_a_model_compiles_to_one_graph(adapter):
     """No graph break, the gradients of eager, and the same graph for other batches."""
     torch._dynamo.reset()

@@ -34,8 +34,20 @@ def operator(schema: str, fake: Function) -> Callable[[Function], Any]:
 
 
 def derivative(name: str, setup_context: Function, backward: Function) -> None:
+    """The gradients of operator `name`, for which `backward` calls the operator `name`_backward."""
     torch.library.register_autograd(
         f"fasttx_metal::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+    # Without this torch only warns, and leaves the missing terms out of a second derivative.
+    torch.library.register_autograd(
+        f"fasttx_metal::{name}_backward", _no_second_derivative, lib=LIBRARY
+    )
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    raise NotImplementedError(
+        "the Metal kernels of the mps backend have no second derivative (create_graph=True); "
+        "use attn_backend='reference'"
     )
 
 
