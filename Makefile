@@ -26,8 +26,8 @@ help:
 	@echo 'make test     run all tests ($(WORKERS) processes; WORKERS=8 for more)'
 	@echo 'make bench    time every backend and every peer: make bench ARGS="-k training" for a part of it'
 	@echo 'make plots    figures in docs/ from what make bench saved (make bench-once: does each run?)'
-	@echo 'make aot      compile every Triton kernel for four GPUs, none needed (hours; AOT="" for the main ones)'
-	@echo 'make aot      compile every Triton kernel for four GPUs, none needed (AOT= for the main ones)'
+	@echo 'make aot      compile every Triton kernel for four GPUs, none needed (hours; AOT= for the main ones)'
+	@echo 'make lint     ruff: rules and formatting (make format mends them)'
 	@echo 'make types    mypy'
 	@echo 'make clean    remove $(VENV), build outputs and caches; runs/ stays'
 	@echo

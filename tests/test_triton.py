@@ -176,6 +176,22 @@ def test_compiles(configuration, target, tmp_path, monkeypatch):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("target", "head_dim", "length", "causal"),
+    [("sm_90", 64, 16, True), ("sm_90", 16, 32, True), ("sm_100", 16, 32, True),
+     ("sm_100", 64, 64, False)],
+)  # fmt: skip
+def test_tiles_at_the_edge_of_a_spill(target, head_dim, length, causal, tmp_path, monkeypatch):
+    """Where the first key of a whole tile is no constant, ptxas spills for fewer registers."""
+    from fasttx.kernels.triton import aot
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    configuration = aot.attention("backward", "bf16", head_dim, length, causal, True)
+    row = aot.examine((configuration, target))
+    assert row.faults == [] and row.used.stack == 0
+
+
+@needs_triton
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_each_block_of_the_generator_is_drawn_once(kernel, tmp_path, monkeypatch):
     """Ten wide multiplications a block of eight keys: five rounds of two; two rounds are shared."""
@@ -199,6 +215,32 @@ def test_faults_are_seen():
     assert "shared memory" in aot.faults(narrow, "gfx942", aot.Usage(128, 65537, 0))[0]
     assert "spilled" in aot.faults(narrow, "sm_90", aot.Usage(255, 1000, 8))[0]
     assert aot.faults(wide, "sm_90", aot.Usage(255, 1000, 8)) == []
+
+
+def test_what_does_not_compile_is_a_fault_among_others(monkeypatch):
+    pytest.importorskip("triton")
+    from fasttx.kernels.triton import aot
+
+    def fails(*work: object) -> None:
+        raise RuntimeError("ptxas\nfailed")
+
+    monkeypatch.setattr(aot, "compile_for", fails)
+    configuration = aot.attention("forward", "bf16", 32, 256, False, True)
+    broken = aot.examine((configuration, "sm_90"))
+    assert broken.faults == ["does not compile: RuntimeError: ptxas failed"]
+    sound = aot.Row(configuration, "gfx942", aot.Usage(128, 1000, 8), [])
+    head, _, line = aot.table([broken, sound]).splitlines()
+    assert head == "| kernel | warps | sm_90 | gfx942 |"
+    assert line == f"| {configuration} | 4 | - | 128 / 1000 / 8 |"
+
+
+def test_only_takes_what_matches(capsys):
+    pytest.importorskip("triton")
+    from fasttx.kernels.triton import aot
+
+    with pytest.raises(SystemExit):
+        aot.main(["--only", "fp64"])
+    assert "--only 'fp64' matches no configuration" in capsys.readouterr().err
 
 
 def test_tiles_cover_every_length():
