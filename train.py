@@ -13,6 +13,7 @@ from fasttx import cli, data, distributed, metrics, report, runs
 from fasttx.checkpoint import CLASSIFICATION, RunConfig, RunFolder
 from fasttx.files import write_json_atomic
 from fasttx.model import TransformerClassifier
+from fasttx.predictions import Predictions
 from fasttx.trainer import Interrupted, Trainer
 
 log = logging.getLogger("fasttx")
@@ -87,9 +88,11 @@ def train(run: runs.Run, processes: distributed.Processes) -> int:
     best = trainer.restore_best()
     log.info("\n%s\n", report.epoch_table(progress.history, best["epoch"]))
     log.info("measuring on the %s test reviews ...", f"{len(run.test):,}")
-    test = trainer.evaluate(run.test)
+    predictions = Predictions(trainer.predict(run.test), run.test.labels)
+    test = predictions.metrics
     log.info("%s", metrics.format_metrics(test, list(run.config.label_names)))
     if processes.main:
+        predictions.save(run.folder.test_predictions)
         results = report.results(run.config, progress, test, model, run.device)
         write_json_atomic(run.folder.results, results)
         log.info("\n%s", report.closing(results, run.folder))

@@ -55,6 +55,10 @@ class RunFolder:
         return self.path / "results.json"
 
     @property
+    def test_predictions(self) -> Path:
+        return self.path / "test_predictions.npz"
+
+    @property
     def log(self) -> Path:
         return self.path / "train.log"
 

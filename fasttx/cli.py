@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from fasttx import device as devices
-from fasttx import flags, pretrain
+from fasttx import explain, flags, html_report, pretrain
 from fasttx.attention.registry import BACKENDS, BackendUnavailableError, resolve_name
 from fasttx.checkpoint import CheckpointError
 from fasttx.config import RECIPES, ConfigError, ModelConfig, TrainConfig
 from fasttx.data import DataError
+from fasttx.plots import PlotsError
 from fasttx.tokenizer import TokenizerError
 from fasttx.trainer import DivergedError
 from fasttx.version import __version__
@@ -31,6 +32,7 @@ USER_ERRORS = (
     DataError,
     devices.DeviceError,
     DivergedError,
+    PlotsError,
     TokenizerError,
 )
 
@@ -221,6 +223,9 @@ def command_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text-column", help="name of the text column (default: found)")
     evaluate.add_argument("--label-column", help="name of the label column (default: found)")
     evaluate.set_defaults(run_command=_evaluate)
+
+    html_report.add_command(commands)
+    explain.add_command(commands)
     return parser
 
 

@@ -49,8 +49,7 @@ def classification_metrics(logits: ArrayLike, labels: ArrayLike) -> Metrics:
     n, classes = scores.shape
     every = np.arange(n)
 
-    shifted = scores - scores.max(1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    log_probabilities = log_softmax(scores)
     predicted = scores.argmax(1)
     correct = predicted == truth
 
@@ -72,6 +71,14 @@ def classification_metrics(logits: ArrayLike, labels: ArrayLike) -> Metrics:
             np.exp(log_probabilities[every, predicted]), correct
         ),
     )
+
+
+def log_softmax(logits: ArrayLike) -> np.ndarray:
+    """Log-probabilities (n, C) of `logits` (n, C), computed in float64."""
+    scores = np.asarray(logits, dtype=np.float64)
+    shifted = scores - scores.max(1, keepdims=True)
+    log_probabilities: np.ndarray = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return log_probabilities
 
 
 def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,10 +115,14 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return ratio
 
 
-def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    # Bin m holds confidences in (m / bins, (m + 1) / bins].
+def calibration_bins(confidence: np.ndarray) -> np.ndarray:
+    """(n,) int64: the bin of each confidence (n,); bin m holds (m / bins, (m + 1) / bins]."""
     bins = np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1
-    bins = bins.clip(0, CALIBRATION_BINS - 1)
+    return bins.clip(0, CALIBRATION_BINS - 1)
+
+
+def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    bins = calibration_bins(confidence)
     # |accuracy - confidence| of a bin, times its share of the texts.
     gaps = np.bincount(bins, weights=correct - confidence, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(confidence))

@@ -18,6 +18,8 @@ from fasttx.metrics import Metrics
 
 log = logging.getLogger("fasttx")
 
+TARGET_ACCURACIES = (0.85, 0.88)  # of validation; results.json tells when each was reached
+
 
 class LogFile(logging.FileHandler):
     """train.log: every line with its time; appended to by a resume."""
@@ -36,7 +38,7 @@ def log_to_console(level: int = logging.INFO) -> None:
     log.setLevel(level)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
@@ -83,7 +85,7 @@ class ProgressDisplay:
             left = (self.reviews - self.done + self.reviews * (self.epochs - self.epoch - 1)) / rate
             log.info(
                 "epoch %d/%d  %d of %d %s  %.1f samples/s  %s left",
-                self.epoch + 1, self.epochs, self.done, self.reviews, self.unit, rate, _clock(left),
+                self.epoch + 1, self.epochs, self.done, self.reviews, self.unit, rate, clock(left),
             )  # fmt: skip
 
     def on_epoch(self, row: Mapping[str, Any]) -> None:
@@ -135,7 +137,7 @@ def closing(results: Mapping[str, Any], folder: RunFolder) -> str:
         f"{results['dataset']['name']}: test accuracy {results['test_accuracy']:.2%} on "
         f"{results['dataset']['test_samples']:,} reviews (epoch {results['best_epoch']}, chosen by "
         f"validation accuracy {results['val_accuracy']:.2%})\n"
-        f"trained at {results['samples_per_second']:.1f} samples/s, {_clock(results['seconds'])}; "
+        f"trained at {results['samples_per_second']:.1f} samples/s, {clock(results['seconds'])}; "
         f"peak memory {results['peak_memory_mb']:.0f} MB\n"
         f'{folder.results}; try: fasttx predict {folder.path} "I expected nothing and loved it."'
         + (f"\n\n{results['warning']}" if results["warning"] else "")
@@ -186,6 +188,21 @@ def _mps_choices(run: RunConfig) -> dict[str, Any]:
     return mps.choices()
 
 
+def time_to_accuracy(history: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Seconds of training (evaluation not counted) until the end of the first epoch with such a
+    validation accuracy; None where no epoch reached it."""
+    reached: dict[str, float | None] = {}
+    for target in TARGET_ACCURACIES:
+        seconds = 0.0
+        reached[f"{target:g}"] = None
+        for row in history:
+            seconds += row["seconds"]
+            if row["val_accuracy"] >= target:
+                reached[f"{target:g}"] = seconds
+                break
+    return reached
+
+
 def results(
     run: RunConfig, progress: Progress, test: Metrics, model: torch.nn.Module,
     device: torch.device,
@@ -202,6 +219,7 @@ def results(
         "best_epoch": best.get("epoch"),
         "samples_per_second": progress.samples / progress.seconds,
         "seconds": progress.seconds,
+        "time_to_accuracy": time_to_accuracy(progress.history),
         "peak_memory_mb": devices.peak_memory_mb(device),
         "parameters": sum(p.numel() for p in model.parameters()),
         "attn_backend": run.attn_backend,

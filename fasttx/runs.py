@@ -133,6 +133,12 @@ def create(
 def resume(folder: RunFolder, run: RunConfig, processes: Processes) -> Run:
     """A run to go on with, on the same data, device and backend; CheckpointError if it cannot."""
     device = open_device(run.device, run.train.precision, processes)
+    dataset = load_dataset(folder, run)
+    return _open(folder, run, device, Tokenizer.load(folder.tokenizer), dataset)
+
+
+def load_dataset(folder: RunFolder, run: RunConfig) -> data.TextDataset:
+    """The very texts and labels of a run. Raises DataError, and CheckpointError for others."""
     dataset = data.load(run.train)
     if dataset.fingerprint != run.dataset["fingerprint"]:
         raise CheckpointError(
@@ -140,7 +146,7 @@ def resume(folder: RunFolder, run: RunConfig, processes: Processes) -> Run:
             f"texts or labels than it did (fingerprint {dataset.fingerprint[:12]}, expected "
             f"{run.dataset['fingerprint'][:12]}). Bring the data back, or start a new run"
         )
-    return _open(folder, run, device, Tokenizer.load(folder.tokenizer), dataset)
+    return dataset
 
 
 def _open(

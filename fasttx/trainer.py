@@ -297,8 +297,8 @@ class Trainer:
         metrics = self.evaluate(examples)
         return metrics.loss, metrics.accuracy
 
-    def evaluate(self, examples: Examples) -> Metrics:
-        """Exact over all processes: each predicts a share, and no review counts twice."""
+    def predict(self, examples: Examples) -> np.ndarray:
+        """Logits (n, num_classes) float32 in every process: each predicts a share of the texts."""
         mine = self.processes.share(np.arange(len(examples)))
         logits = torch.zeros(len(examples), self.config.model.num_classes)
         if len(mine):
@@ -306,7 +306,11 @@ class Trainer:
                 self.model, examples.ids.select(mine), self.device,
                 batch_size=self.config.batch_size, precision=self.config.precision,
             )  # fmt: skip
-        return classification_metrics(self.processes.sum(logits).numpy(), examples.labels)
+        return self.processes.sum(logits).numpy()
+
+    def evaluate(self, examples: Examples) -> Metrics:
+        """Exact over all processes: no review counts twice."""
+        return classification_metrics(self.predict(examples), examples.labels)
 
     # --- metrics.jsonl ----------------------------------------------------------------------------
 

@@ -1,0 +1,157 @@
+"""Why one text got its label: integrated gradients of its words, and where each head looked.
+
+Shapes: n words of the text (after truncation), d d_model, S points of the path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttx.classifier import TextClassifier
+from fasttx.model import TransformerClassifier
+from fasttx.packing import RaggedIds, pack
+from fasttx.tokenizer import UNK_ID
+
+# The attributions of a text sum to its margin less the baseline's, up to this share of that
+# difference (or this many logits, where the difference is below 1).
+TOLERANCE = 0.01
+_FIRST_POINTS, _MOST_POINTS = 32, 512
+_ROWS = 4096  # of one forward pass: memory
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """One text, as the model read it.
+
+    The margin is the logit of `label` less the logit of `rival`, the likeliest other label.
+    """
+
+    label: str
+    probability: float
+    rival: str
+    words: tuple[str, ...]  # n, in lower case
+    known: np.ndarray  # (n,) bool: in the vocabulary
+    attributions: np.ndarray  # (n,) float64, in logits: above 0 speaks for `label`
+    margin: float
+    baseline_margin: float  # of as many unknown words
+    points: int  # of the path, that the integral was taken on
+    attention: np.ndarray  # (layers, heads, n, n): rows look, columns are looked at
+    words_left_out: int  # by truncation
+    left_out_at: int  # before which word
+
+    @property
+    def gap(self) -> float:
+        """What the attributions lack of the difference that they should sum to."""
+        return float(self.margin - self.baseline_margin - self.attributions.sum())
+
+    def ranked(self) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+        """Words for and against `label`, the strongest first; a repeated word is added up."""
+        total: dict[str, float] = {}
+        for word, value in zip(self.words, self.attributions.tolist(), strict=True):
+            total[word] = total.get(word, 0.0) + value
+        ranked = sorted(total.items(), key=lambda item: -abs(item[1]))
+        return [w for w in ranked if w[1] > 0], [w for w in ranked if w[1] < 0]
+
+
+def integrated_gradients(
+    model: TransformerClassifier, ids: np.ndarray, target: int, rival: int
+) -> tuple[np.ndarray, float, float, int]:
+    """Attributions (n,) of the words `ids` (n,) to the margin logit[target] - logit[rival].
+
+    Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks" (ICML 2017), eq. 1, along the
+    straight line from a baseline to the text, in the space of word embeddings; positions stay as
+    they are. The baseline is a text of as many <UNK>: the model has learnt from rare words what an
+    unknown word is, whereas vectors of zeros are nothing it ever saw. So <UNK> itself gets 0.
+
+    The integral is a Gauss-Legendre sum, of twice as many points until the completeness axiom
+    (sum of attributions = margin - margin of the baseline) holds to TOLERANCE, or at most 512.
+    Returns the attributions, both margins, and the number of points.
+    """
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    table = parameters["embedding"]
+    words = table[torch.from_numpy(ids.astype(np.int64)).to(table.device)]
+    baseline = table[UNK_ID].expand_as(words)
+
+    def margins(rows: Tensor) -> Tensor:
+        """(S,) of S texts (S, n, d), given by their embeddings instead of ids."""
+        count, n = rows.shape[:2]
+        every = RaggedIds(np.arange(count * n, dtype=np.int32), np.arange(count + 1) * n)
+        # The texts' own embeddings are the table, so that word i of it is row i.
+        state = {**parameters, "embedding": rows.flatten(0, 1)}
+        inputs = pack(every).to(rows.device).model_inputs()
+        logits: Tensor = torch.func.functional_call(model, state, kwargs=inputs)
+        return logits[:, target] - logits[:, rival]
+
+    with torch.no_grad():
+        ends = margins(torch.stack([baseline, words])).double().tolist()
+    difference = ends[1] - ends[0]
+    points = _FIRST_POINTS
+    while True:
+        mean = _mean_gradient(margins, baseline, words, points)
+        attributions = ((words - baseline).double().cpu() * mean).sum(-1).numpy()
+        gap = abs(difference - attributions.sum())
+        if gap <= TOLERANCE * max(1.0, abs(difference)) or points == _MOST_POINTS:
+            return attributions, ends[1], ends[0], points
+        points *= 2
+
+
+def _mean_gradient(
+    margins: Callable[[Tensor], Tensor], baseline: Tensor, words: Tensor, points: int
+) -> Tensor:
+    """Of the margin on the line from `baseline` to `words`: (n, d) float64 on the CPU."""
+    nodes, weights = np.polynomial.legendre.leggauss(points)  # on [-1, 1], where weights sum to 2
+    places = torch.tensor((nodes + 1) / 2, dtype=words.dtype, device=words.device)
+    at_once = max(1, _ROWS // max(1, len(words)))
+    mean = torch.zeros(words.shape, dtype=torch.float64)
+    for part, weight in zip(
+        places.split(at_once), torch.tensor(weights / 2).split(at_once), strict=True
+    ):
+        rows = torch.lerp(baseline, words, part[:, None, None]).requires_grad_()
+        (gradient,) = torch.autograd.grad(margins(rows).sum(), rows)
+        mean += torch.einsum("s,snd->nd", weight, gradient.double().cpu())
+    return mean
+
+
+def explain(classifier: TextClassifier, text: str) -> Explanation:
+    """The likeliest label of `text`, what each word contributed, and the attention weights.
+
+    Raises ValueError for a model of one class, which decides nothing.
+    """
+    model, names = classifier.model.eval(), classifier.label_names
+    if len(names) < 2:
+        raise ValueError(f"the model knows the label {names[0]!r} only; expected at least two")
+    every_word = classifier.tokenizer.tokenize(text)
+    # Indices instead of ids, through the same truncation: which words are kept.
+    places = RaggedIds.from_lists([range(len(every_word))])
+    kept = places.truncate(model.config.max_len, classifier.truncation)[0].tolist()
+    ids = classifier.encode([text])
+    with torch.no_grad():
+        batch = pack(ids).to(classifier.device)
+        logits, weights = model(**batch.model_inputs(), return_attention=True)
+    n = len(kept)
+    order = logits[0].float().argsort(descending=True, stable=True).tolist()
+    target, rival = order[0], order[1]
+    attributions, margin, baseline_margin, points = (
+        integrated_gradients(model, ids[0], target, rival) if n else (np.zeros(0), 0.0, 0.0, 0)
+    )
+    attention = [w[0, :, :n, :n].float().cpu().numpy() for w in weights]
+    jump = next((i for i, k in enumerate(kept) if k != i), n)
+    return Explanation(
+        label=names[target],
+        probability=float(logits[0].double().softmax(-1)[target]),
+        rival=names[rival],
+        words=tuple(every_word[k] for k in kept),
+        known=ids[0] != UNK_ID,
+        attributions=attributions,
+        margin=margin,
+        baseline_margin=baseline_margin,
+        points=points,
+        attention=np.stack(attention) if attention else np.zeros((0, 0, n, n), np.float32),
+        words_left_out=len(every_word) - n,
+        left_out_at=jump,
+    )

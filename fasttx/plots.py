@@ -1,0 +1,282 @@
+"""The pictures of a report, drawn with matplotlib: each as SVG for a page and as PNG for a slide."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fasttx.findings import LengthBins, Reliability, wilson
+from fasttx.metrics import Metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, GREY, GRID = "#37352f", "#6f6e69", "#e6e5e2"
+BLUE, ORANGE = "#0b6e99", "#d9730d"
+# In a page each of them is a CSS variable, so that a picture is right in light and in dark mode.
+VARIABLES = {INK: "--ink", GREY: "--grey", GRID: "--grid", BLUE: "--blue", ORANGE: "--orange"}
+
+STYLE: dict[str, Any] = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7, "font.size": 9,
+    "font.family": "sans-serif", "axes.titlesize": 10, "axes.titlelocation": "left",
+    "axes.edgecolor": GREY, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK,
+    "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "legend.frameon": False, "legend.fontsize": 8,
+    "svg.hashsalt": "fasttx", "svg.fonttype": "none",  # text stays text: searched, read out loud
+    "text.parse_math": False,  # a $ in a label or a text is a dollar
+}  # fmt: skip
+
+MOST_WORDS = 24  # of an attention map, so that they can be read
+MOST_CELLS = 12  # labels of a confusion matrix whose counts are written in
+
+
+class PlotsError(RuntimeError):
+    """There is nothing to draw with; the message says what to install."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`svg` stands in an HTML page as it is; `png` is a file of its own, on white."""
+
+    svg: str
+    png: bytes
+
+
+def picture(name: str, alt: str, draw: Callable[..., Figure], *data: Any) -> Picture:
+    """`draw(*data)` in the house style. `name` keeps the ids of one page's pictures apart."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise PlotsError(
+            "pictures need the package matplotlib, which is not installed: "
+            "pip install 'fasttx[report]'"
+        ) from error
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        # A page has the reader's fonts; only the PNG shows a box for what matplotlib's lack.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure = draw(*data)
+        svg, png = io.BytesIO(), io.BytesIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    return Picture(inline(svg.getvalue().decode(), name, alt), png.getvalue())
+
+
+def inline(svg: str, name: str, alt: str) -> str:
+    """The <svg> element alone: as wide as its place, in the page's colours, ids of its own."""
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(f": {colour}", f": var({variable})")
+    referred = set(re.findall(r'(?:url\(|href=")#([\w-]+)', svg))
+
+    def identity(match: re.Match[str]) -> str:
+        return f' id="{name}-{match[1]}"' if match[1] in referred else ""
+
+    svg = re.sub(r' id="([\w-]+)"', identity, svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(alt)}"', 1)
+
+
+def _attribute(text: str) -> str:
+    from html import escape
+
+    return escape(text, quote=True)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _shades(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as an image: blue, as opaque as the value, on whatever lies below."""
+    image = np.empty((*values.shape, 4))
+    image[..., :3] = [int(BLUE[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    image[..., 3] = values
+    return image
+
+
+def _percent_axis(axis: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+
+
+# --- the pictures ---------------------------------------------------------------------------------
+
+
+def learning_curves(rows: Sequence[Mapping[str, Any]], steps_per_epoch: int, best: int) -> Figure:
+    """Loss and accuracy: the training split between log lines, validation at the ends of epochs."""
+    figure = _figure(9, 3.2)
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    between = [row for row in rows if row["kind"] == "train"]
+    at = [row["epoch"] for row in epochs]
+    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        if between:
+            places = [row["step"] / steps_per_epoch for row in between]
+            axes.plot(places, [row[what] for row in between], color=GREY, alpha=0.55, lw=0.9,
+                      label="training, between log lines")  # fmt: skip
+        axes.plot(at, [row[f"train_{what}"] for row in epochs], "o--", color=ORANGE, lw=1.2,
+                  markersize=4, label="training, mean of the epoch")  # fmt: skip
+        axes.plot(at, [row[f"val_{what}"] for row in epochs], "o-", color=BLUE, lw=2,
+                  markersize=5, label="validation")  # fmt: skip
+        axes.axvline(best, color=GREY, lw=0.8, ls=":")
+        axes.annotate("chosen", (best, 1), (-3, -2), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", ha="right", va="top", color=GREY,
+                      fontsize=8)  # fmt: skip
+        axes.set_title(what.capitalize())
+        axes.set_xlabel("epoch")
+        axes.set_xlim(0, at[-1] * 1.03)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if what == "accuracy":
+            _percent_axis(axes.yaxis)
+        else:
+            axes.set_ylim(bottom=0)
+            axes.legend(loc="best")
+    return figure
+
+
+def throughput(seconds: np.ndarray, rates: np.ndarray, mean: float) -> Figure:
+    figure = _figure(9, 2.4)
+    axes = figure.subplots()
+    minutes = np.concatenate([[0.0], seconds]) / 60
+    axes.stairs(rates, minutes, color=BLUE, lw=1.5, baseline=None)
+    axes.axhline(mean, color=ORANGE, lw=1, ls="--")
+    axes.annotate(f"mean {mean:,.1f}", (1, mean), (0, 3), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", ha="right", va="bottom", color=ORANGE)  # fmt: skip
+    axes.set_ylim(0, 1.15 * max(mean, rates.max(initial=0.0)))
+    axes.set_xlim(0, minutes[-1] or 1)
+    axes.set_xlabel("minutes of training (evaluation not counted)")
+    axes.set_ylabel("samples/s")
+    return figure
+
+
+def confusion(metrics: Metrics, names: Sequence[str]) -> Figure:
+    """Rows: true label, columns: predicted; shade and percentage are shares of the row."""
+    classes = len(names)
+    side = min(9.0, max(3.6, 1.4 + 0.75 * classes))
+    figure = _figure(side + 0.8, side)
+    axes = figure.subplots()
+    share = metrics.confusion_matrix / np.maximum(metrics.support, 1)[:, None]
+    axes.imshow(_shades(share), interpolation="none")
+    if classes <= MOST_CELLS:
+        for (i, j), count in np.ndenumerate(metrics.confusion_matrix):
+            axes.text(j, i, f"{count:,}\n{100 * share[i, j]:.1f} %", ha="center", va="center",
+                      color="white" if share[i, j] > 0.5 else INK, fontsize=8)  # fmt: skip
+    short = [shortened(name, 18) for name in names]
+    size = 9 if classes <= MOST_CELLS else max(3.0, 110 / classes)
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    crowded = classes > 4 or max(map(len, short)) > 10
+    axes.set_xticks(range(classes), short, fontsize=size, **(turned if crowded else {}))
+    axes.set_yticks(range(classes), short, fontsize=size)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    _bare(axes)
+    return figure
+
+
+def _bare(axes: Axes) -> None:
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def reliability_diagram(found: Reliability) -> Figure:
+    figure = _figure(6, 4.6)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    width = found.high - found.low
+    middle = (found.low + found.high) / 2
+    above.bar(middle, found.accuracy, width * 0.92, color=BLUE, alpha=0.45, label="accuracy")
+    above.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", label="perfect calibration")
+    above.plot(found.confidence, found.accuracy, "o", color=ORANGE, markersize=4,
+               label="mean confidence of the bin")  # fmt: skip
+    above.vlines(found.confidence, *wilson(found.accuracy * found.count, found.count),
+                 color=ORANGE, lw=1)  # fmt: skip
+    above.set_ylabel("accuracy")
+    above.set_ylim(0, 1.02)
+    above.legend(loc="upper left")
+    below.bar(middle, found.count / found.count.sum(), width * 0.92, color=GREY, alpha=0.6)
+    below.set_ylabel("texts")
+    below.set_xlabel("confidence: the probability of the predicted label")
+    below.set_xlim(0, 1)
+    for axis in (above.yaxis, below.xaxis, below.yaxis):
+        _percent_axis(axis)
+    return figure
+
+
+def accuracy_by_length(bins: LengthBins, limit: int) -> Figure:
+    """With Wilson intervals of 95 %; `limit` is what the model reads of a text, in words."""
+    figure = _figure(9, 3.2)
+    axes = figure.subplots()
+    places = np.arange(len(bins.count))
+    low, high = wilson(bins.right, bins.count)
+    axes.vlines(places, low, high, color=BLUE, lw=1.5)
+    axes.plot(places, bins.accuracy, "o-", color=BLUE, lw=1, markersize=6)
+    mean = bins.right.sum() / bins.count.sum()
+    axes.axhline(mean, color=GREY, lw=0.8, ls="--")
+    axes.annotate("all texts", (1, mean), (-2, 3), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", ha="right", color=GREY, fontsize=8)  # fmt: skip
+    cut = int(np.searchsorted(bins.longest, limit, side="right"))  # the first bin with longer ones
+    if cut < len(places):
+        axes.axvspan(cut - 0.5, places[-1] + 0.5, color=GREY, alpha=0.12, lw=0)
+        axes.annotate(f"longer than the {limit} words that are read", (cut - 0.45, 0.02),
+                      xycoords=("data", "axes fraction"), color=GREY, fontsize=8)  # fmt: skip
+    labels = [
+        (f"{a:,}" if a == b else f"{a:,}-{b:,}") + f"\nn = {n:,}"
+        for a, b, n in zip(bins.shortest, bins.longest, bins.count, strict=True)
+    ]
+    axes.set_xticks(places, labels)
+    axes.set_xlim(-0.5, places[-1] + 0.5)
+    axes.set_xlabel("words of the text")
+    axes.set_ylabel("accuracy")
+    axes.grid(axis="x", visible=False)
+    _percent_axis(axes.yaxis)
+    return figure
+
+
+def most_attended(attention: np.ndarray, most: int = MOST_WORDS) -> np.ndarray:
+    """Indices, in the order of the text, of the words that receive most of the attention
+    (layers, heads, n, n) on average over layers, heads and rows."""
+    received = attention.mean((0, 1, 2)) if attention.size else np.zeros(attention.shape[-1])
+    return np.sort(np.argsort(-received, kind="stable")[:most])
+
+
+def attention_maps(attention: np.ndarray, words: Sequence[str]) -> Figure:
+    """A map for each head (columns) of each layer (rows): `attention` (layers, heads, n, n)."""
+    kept = most_attended(attention)
+    layers, heads = attention.shape[:2]
+    labels = [shortened(words[k], 12) for k in kept]
+    side = 0.85 + 0.05 * len(kept)
+    figure = _figure(1.0 + side * heads, 0.9 + (side + 0.12) * layers)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr]
+    grid = figure.subplots(layers, heads, squeeze=False)
+    for (layer, head), axes in np.ndenumerate(grid):
+        weights = attention[layer, head][np.ix_(kept, kept)]
+        # Each map has its own scale: the square root brings out what is small.
+        axes.imshow(_shades(np.sqrt(weights / max(float(weights.max()), 1e-12))),
+                    interpolation="none")  # fmt: skip
+        _bare(axes)
+        left, bottom = head == 0, layer == layers - 1
+        axes.set_yticks(range(len(kept)) if left else [], labels if left else [], fontsize=4.5)
+        axes.set_xticks(range(len(kept)) if bottom else [], labels if bottom else [],
+                        fontsize=4.5, rotation=90)  # fmt: skip
+        axes.tick_params(pad=1)
+        for edge in axes.spines.values():
+            edge.set(visible=True, color=GRID)
+        axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=6, pad=2, color=GREY)
+    return figure

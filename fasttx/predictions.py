@@ -1,0 +1,74 @@
+"""`test_predictions.npz`: what a finished run answered on its test split, for whoever looks closer.
+
+Shapes: n texts, C classes.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fasttx.checkpoint import CheckpointError
+from fasttx.files import atomic_write
+from fasttx.metrics import Metrics, classification_metrics, log_softmax
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """logits (n, C) float32 and true labels (n,) int64, in the order of the split."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return classification_metrics(self.logits, self.labels)
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """(n,) int64: the class with the highest logit, the first one among equals."""
+        return self.logits.argmax(1)
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """(n,) float64: the probability of the predicted class."""
+        best: np.ndarray = np.exp(log_softmax(self.logits).max(1))
+        return best
+
+    @cached_property
+    def correct(self) -> np.ndarray:
+        """(n,) bool."""
+        right: np.ndarray = self.predicted == self.labels
+        return right
+
+    def save(self, path: Path) -> None:
+        """Written whole or not at all; `numpy.load` reads it."""
+        with atomic_write(path) as f:
+            np.savez_compressed(
+                f, logits=self.logits.astype(np.float32), labels=self.labels.astype(np.int64)
+            )
+
+    @classmethod
+    def load(cls, path: Path, classes: int) -> Predictions:
+        """Raises CheckpointError for a file that is damaged, or no predictions of `classes`."""
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                logits, labels = found["logits"], found["labels"]
+            predictions = cls(logits, labels)
+            if logits.ndim == 2 and logits.shape[1] != classes:
+                raise ValueError(f"its logits have {logits.shape[1]} classes, expected {classes}")
+            classification_metrics(logits, labels)  # checks shapes, types and values
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError,
+                zipfile.BadZipFile) as error:  # fmt: skip
+            raise CheckpointError(
+                f"{path} holds no predictions, or is damaged or cut short ({error}). "
+                "Delete it: `fasttx report` makes it again"
+            ) from error
+        return predictions
