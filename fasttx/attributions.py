@@ -49,13 +49,12 @@ class Explanation:
         """What the attributions lack of the difference that they should sum to."""
         return float(self.margin - self.baseline_margin - self.attributions.sum())
 
-    def ranked(self) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-        """Words for and against `label`, the strongest first; a repeated word is added up."""
+    def ranked(self) -> list[tuple[str, float]]:
+        """Words and their attributions, the strongest first; a repeated word is added up."""
         total: dict[str, float] = {}
         for word, value in zip(self.words, self.attributions.tolist(), strict=True):
             total[word] = total.get(word, 0.0) + value
-        ranked = sorted(total.items(), key=lambda item: -abs(item[1]))
-        return [w for w in ranked if w[1] > 0], [w for w in ranked if w[1] < 0]
+        return sorted(total.items(), key=lambda item: -abs(item[1]))
 
 
 def integrated_gradients(

@@ -5,71 +5,156 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttx import classifier, html_report, page, plots
+from fasttx import classifier, page, plots
 from fasttx.attributions import Explanation, explain
 from fasttx.data import DataError
+from fasttx.escaping import escaped, printable
 from fasttx.findings import percent
+
+ATTRIBUTION_NOTE = (
+    "Shades and numbers are integrated gradients (Sundararajan et al., 2017), in logits: what each "
+    "word adds to the lead of the predicted label over the next one, compared with a text of "
+    "as many unknown words. Words not in the vocabulary (dotted) add nothing by definition. They "
+    "describe this model, not the world, and say little about words that act together."
+)
+ATTENTION_NOTE = (
+    "A row is a word that looks, a column one that is looked at; blue is much, on one scale for "
+    "all maps of a text (square root). They show where a head gathers values from. They do not "
+    "show what it does with them, what later layers undo, or why the label was chosen: attention "
+    "is no explanation (Jain and Wallace, 2019)."
+)
 
 # 256-colour backgrounds under black: from faint to full, for and against the label.
 _FOR = (195, 153, 117, 75)
 _AGAINST = (230, 223, 216, 209)
 
 
+def pieces(
+    found: Explanation, word: Callable[[str, bool, float, float], str], cut: Callable[[str], str]
+) -> str:  # fmt: skip
+    """The text: `word(word, known, attribution, its share of the largest)` of each, and where
+    truncation left words out `cut(how many)`."""
+    scale = max(float(abs(found.attributions).max(initial=0.0)), 1e-12)
+    shown = [
+        word(*each, each[2] / scale)
+        for each in zip(found.words, found.known.tolist(), found.attributions.tolist(), strict=True)
+    ]
+    if found.words_left_out:
+        shown.insert(found.left_out_at, cut(f"[{found.words_left_out:,} words not read]"))
+    return " ".join(shown)
+
+
+# --- for a terminal -------------------------------------------------------------------------------
+
+
 def coloured(found: Explanation) -> str:
     """The words for a terminal: blue speaks for the label, orange against it."""
-    scale = max(float(abs(found.attributions).max(initial=0.0)), 1e-12)
-    pieces = []
-    for i, (word, value) in enumerate(zip(found.words, found.attributions.tolist(), strict=True)):
-        if found.words_left_out and i == found.left_out_at:
-            pieces.append(_left_out(found))
-        shown, level = page.printable(word), int(abs(value) / scale * (len(_FOR) + 0.999))
-        if level:
-            colour = (_FOR if value > 0 else _AGAINST)[level - 1]
-            shown = f"\x1b[30;48;5;{colour}m{shown}\x1b[0m"
-        pieces.append(shown)
-    if found.words_left_out and found.left_out_at == len(found.words):
-        pieces.append(_left_out(found))
-    return " ".join(pieces)
 
+    def word(text: str, known: bool, value: float, share: float) -> str:
+        level = int(abs(share) * (len(_FOR) + 0.999))
+        if not level:
+            return printable(text)
+        colour = (_FOR if value > 0 else _AGAINST)[level - 1]
+        return f"\x1b[30;48;5;{colour}m{printable(text)}\x1b[0m"
 
-def _left_out(found: Explanation) -> str:
-    return f"[{found.words_left_out} words not read]"
+    return pieces(found, word, lambda cut: cut)
 
 
 def plain(found: Explanation) -> str:
-    """A line a word, the strongest first: `word +0.12`, a repeated word added up."""
-    ranked = sorted(
-        (pair for side in found.ranked() for pair in side), key=lambda pair: -abs(pair[1])
-    )
-    return "\n".join(f"{page.printable(word)} {value:+.2f}" for word, value in ranked)
+    """A line a word, the strongest first: `word +0.12`."""
+    return "\n".join(f"{printable(word)} {value:+.2f}" for word, value in found.ranked())
 
 
 def terminal(found: Explanation, colours: bool) -> str:
-    head = f"{page.printable(found.label)}  {percent(found.probability, 2)}"
+    head = f"{printable(found.label)}  {percent(found.probability, 2)}"
     foot = (
-        f"margin over {page.printable(found.rival)} {found.margin:+.2f}: as many unknown words "
+        f"margin over {printable(found.rival)} {found.margin:+.2f}: as many unknown words "
         f"{found.baseline_margin:+.2f}, these words {found.attributions.sum():+.2f} (logits)"
     )
     body = coloured(found) if colours else plain(found)
     return "\n\n".join(part for part in (head, body, foot) if part)
 
 
+# --- for a page -----------------------------------------------------------------------------------
+
+
+def shaded(found: Explanation) -> str:
+    """The words as the model read them, shaded by attribution; the number on hovering."""
+
+    def word(text: str, known: bool, value: float, share: float) -> str:
+        classes, style = [] if known else ["unknown"], ""
+        if abs(share) >= 0.03:  # fainter cannot be seen
+            classes.append("for" if value > 0 else "against")
+            style = f' style="--a:{0.6 * abs(share):.2f}"'
+        kind = f' class="{" ".join(classes)}"' if classes else ""
+        return f'<span{kind}{style} title="{value:+.3f}">{escaped(text)}</span>'
+
+    text = pieces(found, word, lambda cut: f'<span class="cut">{cut}</span>')
+    return f'<p class="text">{text or "(no words)"}</p>'
+
+
+def strongest(found: Explanation, count: int = 5) -> str:
+    """The words that say most for and against."""
+    ranked = found.ranked()
+    sides = (
+        (f"For {found.label}", [w for w in ranked if w[1] > 0]),
+        ("against it", [w for w in ranked if w[1] < 0]),
+    )
+    parts = [
+        f"{side}: " + ", ".join(f"“{word}” {value:+.2f}" for word, value in words[:count])
+        for side, words in sides
+        if words
+    ]
+    return page.paragraph("; ".join(parts)) if parts else ""
+
+
+def article(found: Explanation, about: str) -> str:
+    """A text with its words shaded by what they contributed."""
+    heading = f"{found.label}, {percent(found.probability)} sure"
+    sums = (
+        f"Margin over {found.rival}: {found.margin:+.2f}; of as many unknown words: "
+        f"{found.baseline_margin:+.2f}; the words add {found.attributions.sum():+.2f}."
+    )
+    return (
+        f"<article><h3>{escaped(heading)}</h3>{page.paragraph(about, 'kicker')}"
+        f"{shaded(found)}{strongest(found)}{page.paragraph(sums)}</article>"
+    )
+
+
+def attention(
+    draw: Callable[..., plots.Picture], name: str, what: str, found: Explanation
+) -> str:  # fmt: skip
+    """The maps of one text; nothing for a model without layers and for a text without words."""
+    if not found.attention.size:
+        return ""
+    drawn = draw(name, f"{what}: attention maps", plots.attention_maps, found.attention,
+                 found.words)  # fmt: skip
+    n = len(found.words)
+    words = f"its {n} words" if n <= plots.MOST_WORDS else (
+        f"the {plots.MOST_WORDS} of its {n} words that receive most attention, in their order"
+    )  # fmt: skip
+    heading = f"{what}: {found.label}, {percent(found.probability)} sure; {words}"
+    heads = found.attention.shape[1]
+    return (
+        f"<h3>{escaped(heading)}</h3>"
+        + page.figure(drawn, "", f"{max(20, 7 * heads)}rem", f"{14 * heads}rem", wide=True)
+    )  # fmt: skip
+
+
 def html(found: Explanation, run: str) -> str:
     """One page: the shaded text, every word's number, the attention maps."""
     heading = f"{found.label}, {percent(found.probability, 2)} sure"
-    maps = html_report.attention(plots.picture, "attention", "This text", found)
-    ranked = sorted(
-        (pair for side in found.ranked() for pair in side), key=lambda pair: -abs(pair[1])
-    )
-    rows = [[word, f"{value:+.3f}"] for word, value in ranked]
+    maps = attention(plots.picture, "attention", "This text", found)
+    rows = [[word, f"{value:+.3f}"] for word, value in found.ranked()]
     body = [
-        f'<p class="kicker">{page.escaped(f"fasttx, run {run}")}</p>',
-        f"<h1>{page.escaped(heading)}</h1>",
-        html_report.article(found, f"{len(found.words)} words"),
-        page.paragraph(page.ATTRIBUTION_NOTE),
+        f'<p class="kicker">{escaped(f"fasttx, run {run}")}</p>',
+        f"<h1>{escaped(heading)}</h1>",
+        article(found, f"{len(found.words)} words"),
+        page.paragraph(ATTRIBUTION_NOTE),
         f"<details><summary>{len(rows)} words by what they add</summary>",
         page.table(("word", "logits"), rows),
         "</details>",
@@ -77,12 +162,17 @@ def html(found: Explanation, run: str) -> str:
     if maps:
         layers, heads = found.attention.shape[:2]
         title = f"Where {layers} layers of {heads} heads look"
-        note = page.paragraph(page.ATTENTION_NOTE)
+        note = page.paragraph(ATTENTION_NOTE)
         body.append(page.section("attention", "Attention maps", title, note, maps))
     return page.document(heading, "\n".join(body))
 
 
+# --- the command ----------------------------------------------------------------------------------
+
+
 def _explain(args: argparse.Namespace) -> None:
+    if args.html:
+        page.check_folder(Path(args.html))
     # sdpa runs everywhere, and has gradients everywhere.
     model = classifier.load(args.run, device=args.device, attn_backend="sdpa")
     if len(model.label_names) < 2:
@@ -90,7 +180,7 @@ def _explain(args: argparse.Namespace) -> None:
     found = explain(model, args.text)
     print(terminal(found, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     if args.html:
-        html_report.write(Path(args.html), html(found, Path(args.run).resolve().name), {})
+        page.write(Path(args.html), html(found, Path(args.run).resolve().name), {})
         print(f"\n{args.html}: open it in a browser")
 
 

@@ -151,12 +151,10 @@ def classes_sentence(metrics: Metrics, names: Sequence[str]) -> str:
     there = np.flatnonzero(metrics.support)
     worst = there[metrics.f1[there].argmin()]
     best = there[metrics.f1[there].argmax()]
-    if metrics.f1[worst] == metrics.f1[best]:
-        return f"F1 is {percent(metrics.f1[worst])} for every label"
-    return (
-        f"F1 is between {percent(metrics.f1[worst])} ({names[worst]}) and "
-        f"{percent(metrics.f1[best])} ({names[best]})"
-    )
+    low, high = percent(metrics.f1[worst]), percent(metrics.f1[best])
+    if low == high:
+        return f"F1 is {low} for every label"
+    return f"F1 is between {low} ({names[worst]}) and {high} ({names[best]})"
 
 
 def calibration_sentence(predictions: Predictions) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,117 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fasttx import classifier, findings, page, plots, report, runs
-from fasttx.attributions import Explanation, explain
-from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder, read_json
+from fasttx import attributions, explain, findings, page, plots, report
+from fasttx.attributions import Explanation
 from fasttx.config import ModelConfig, TrainConfig
-from fasttx.data import DataError, TextDataset
-from fasttx.files import atomic_write, write_text_atomic
+from fasttx.escaping import escaped
 from fasttx.findings import percent
-from fasttx.metrics import Metrics
+from fasttx.finished import FinishedRun, open_run
 from fasttx.predictions import Predictions
-from fasttx.token_cache import encode_cached
 
 MISTAKES = 8
-
-
-@dataclass(frozen=True, eq=False)
-class FinishedRun:
-    """What a report is made from. `texts` and `lengths` (in words) are None where the dataset
-    cannot be had any more, and `predictions` too where the run saved none; `notes` say why."""
-
-    folder: RunFolder
-    config: RunConfig
-    results: dict[str, Any]
-    rows: list[dict[str, Any]]  # of metrics.jsonl
-    model: classifier.TextClassifier
-    predictions: Predictions | None
-    texts: list[str] | None
-    lengths: np.ndarray | None
-    notes: list[str]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.config.label_names
-
-    @property
-    def metrics(self) -> Metrics:
-        """Of the test split, as results.json has them."""
-        values = self.results["test"]
-        return Metrics(**{k: np.array(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.config.train.batch_size * self.config.train.grad_accumulation
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-int(self.config.dataset["train_samples"]) // self.samples_per_step)
-
-
-def open_run(path: Path, device: str = "auto") -> FinishedRun:
-    """Raises CheckpointError for a run that is not finished: its test split is not touched yet."""
-    model = classifier.load(path, device=device, attn_backend="sdpa")  # which runs everywhere
-    folder = RunFolder(path)
-    config = RunConfig.load(folder.config)
-    if not folder.results.exists():
-        raise CheckpointError(
-            f"{folder.results} does not exist: the run is not finished, and its test split is "
-            f"measured once, at the end. Go on with it: python train.py --resume {path}"
-        )
-    results, notes = read_json(folder.results), []
-    dataset: TextDataset | None = None
-    try:
-        dataset = runs.load_dataset(folder, config)
-    except (DataError, CheckpointError) as error:
-        notes.append(
-            f"The texts of this run cannot be had any more, so what needs them is missing: {error}"
-        )
-    predictions = _predictions(folder, config, model, dataset)
-    if predictions and predictions.metrics.accuracy != results["test_accuracy"]:
-        notes.append(
-            f"{folder.test_predictions.name} has an accuracy of "
-            f"{percent(predictions.metrics.accuracy, 2)}, results.json of "
-            f"{percent(results['test_accuracy'], 2)}: it was computed again, on another device or "
-            "in another precision."
-        )
-    texts = dataset.test.texts if dataset else None
-    lengths = encode_cached(model.tokenizer, texts).lengths if texts is not None else None
-    return FinishedRun(
-        folder, config, results, _rows(folder.metrics), model, predictions, texts, lengths, notes
-    )
-
-
-def _predictions(
-    folder: RunFolder, config: RunConfig, model: classifier.TextClassifier,
-    dataset: TextDataset | None,
-) -> Predictions | None:  # fmt: skip
-    """Those that the run saved; of an older run, computed now and saved for the next time."""
-    if folder.test_predictions.exists():
-        found = Predictions.load(folder.test_predictions, len(config.label_names))
-        if len(found) != config.dataset["test_samples"] or (
-            dataset is not None and not np.array_equal(found.labels, dataset.test.labels)
-        ):
-            raise CheckpointError(
-                f"{folder.test_predictions} does not belong to the {len(found):,} labels of this "
-                "run's test split. Delete it: `fasttx report` makes it again"
-            )
-        return found
-    if dataset is None:
-        return None
-    print(f"predicting the {len(dataset.test.texts):,} test texts once more ...", flush=True)
-    found = Predictions(model.logits(dataset.test.texts).numpy(), dataset.test.labels)
-    found.save(folder.test_predictions)
-    return found
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as lines of JSON: {error}") from error
-    return [row for row in rows if row["kind"] in ("train", "epoch")]
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -138,7 +35,7 @@ class Pages:
 
     def add(self, anchor: str, kicker: str, heading: str, *content: str) -> None:
         self.sections.append(page.section(anchor, kicker, heading, *content))
-        self.links.append(f'<a href="#{anchor}">{page.escaped(kicker)}</a>')
+        self.links.append(f'<a href="#{anchor}">{escaped(kicker)}</a>')
 
     def draw(self, name: str, alt: str, draw: Callable[..., Any], *data: Any) -> plots.Picture:
         self.pictures[name] = plots.picture(name, alt, draw, *data)
@@ -162,8 +59,8 @@ def build(run: FinishedRun) -> tuple[str, dict[str, plots.Picture]]:
     warning = report.single_class_warning(run.config.dataset["label_counts"])
     alarms = [page.alarm(text) for text in ([warning] if warning else []) + run.notes]
     head = [
-        f'<p class="kicker">{page.escaped(f"fasttx, run {run.folder.path.resolve().name}")}</p>',
-        f"<h1>{page.escaped(name)}: {page.escaped(findings.accuracy_sentence(metrics))}</h1>",
+        f'<p class="kicker">{escaped(f"fasttx, run {run.folder.path.resolve().name}")}</p>',
+        f"<h1>{escaped(name)}: {escaped(findings.accuracy_sentence(metrics))}</h1>",
         *alarms,
         page.tiles(_tiles(run)),
         f"<nav>{''.join(out.links)}</nav>",
@@ -183,8 +80,8 @@ def _tiles(run: FinishedRun) -> list[tuple[str, str, str]]:
         ("training", report.clock(r["seconds"]), f"{r['samples_per_second']:,.1f} samples/s"),
     ]
     targets = [
-        (f"until {percent(float(target), 0)}", report.clock(s) if s is not None else "not reached",
-         "of training; validation accuracy")
+        (f"training until {percent(float(target), 0)}",
+         report.clock(s) if s is not None else "not reached", "validation accuracy")
         for target, s in reached.items()
     ]  # fmt: skip
     return [
@@ -277,12 +174,12 @@ def _texts(
     if len(run.names) < 2:
         return
     shown = findings.confident_mistakes(predictions, MISTAKES)
-    explained = {int(i): explain(run.model, texts[i]) for i in shown}
+    explained = {int(i): attributions.explain(run.model, texts[i]) for i in shown}
     articles = [
-        article(found, f"true label {run.names[predictions.labels[i]]}, test text {i:,}")
+        explain.article(found, f"true label {run.names[predictions.labels[i]]}, test text {i:,}")
         for i, found in explained.items()
     ]
-    note = [page.paragraph(page.ATTRIBUTION_NOTE)] if articles else []
+    note = [page.paragraph(explain.ATTRIBUTION_NOTE)] if articles else []
     heading = findings.mistakes_sentence(predictions, shown)
     out.add("mistakes", "Mistakes", heading, *note, *articles)
 
@@ -290,50 +187,21 @@ def _texts(
     sure = findings.shortest_confident_answer(predictions, lengths)
     if sure is not None:
         what = "The shortest of the most confident right answers"
-        chosen.append(("right", what, explain(run.model, texts[sure])))
+        chosen.append(("right", what, attributions.explain(run.model, texts[sure])))
     if len(shown):
         what = "The most confident mistake"
         chosen.append(("wrong", what, explained[int(shown[0])]))
-    maps = [attention(out.draw, f"attention-{key}", what, found) for key, what, found in chosen]
+    maps = [
+        explain.attention(out.draw, f"attention-{key}", what, found) for key, what, found in chosen
+    ]
     if any(maps):
         size = run.config.train.model
         heading = f"Where {size.num_layers} layers of {size.num_heads} heads look, in two texts"
         if len(maps) == 1:
             heading = heading.replace("two texts", "one text")
-        out.add("attention", "Attention maps", heading, page.paragraph(page.ATTENTION_NOTE), *maps)
-
-
-def article(found: Explanation, about: str) -> str:
-    """A text with its words shaded by what they contributed."""
-    heading = f"{found.label}, {percent(found.probability)} sure"
-    sums = (
-        f"Margin over {found.rival}: {found.margin:+.2f}; of as many unknown words: "
-        f"{found.baseline_margin:+.2f}; the words add {found.attributions.sum():+.2f}."
-    )
-    return (
-        f"<article><h3>{page.escaped(heading)}</h3>{page.paragraph(about, 'kicker')}"
-        f"{page.coloured_text(found)}{page.strongest(found)}{page.paragraph(sums)}</article>"
-    )
-
-
-def attention(
-    draw: Callable[..., plots.Picture], name: str, what: str, found: Explanation
-) -> str:  # fmt: skip
-    """The maps of one text; nothing for a model without layers and for a text without words."""
-    if not found.attention.size:
-        return ""
-    drawn = draw(name, f"{what}: attention maps", plots.attention_maps, found.attention,
-                 [page.printable(word) for word in found.words])  # fmt: skip
-    n = len(found.words)
-    words = f"its {n} words" if n <= plots.MOST_WORDS else (
-        f"the {plots.MOST_WORDS} of its {n} words that receive most attention, in their order"
-    )  # fmt: skip
-    heading = f"{what}: {found.label}, {percent(found.probability)} sure; {words}"
-    heads = found.attention.shape[1]
-    return (
-        f"<h3>{page.escaped(heading)}</h3>"
-        + page.figure(drawn, "", f"{max(24, 9 * heads)}rem", f"{14 * heads}rem")
-    )  # fmt: skip
+        out.add(
+            "attention", "Attention maps", heading, page.paragraph(explain.ATTENTION_NOTE), *maps
+        )
 
 
 def _throughput(out: Pages, run: FinishedRun) -> None:
@@ -392,27 +260,12 @@ def _footer(run: FinishedRun) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def write(out: Path, html: str, pictures: Mapping[str, plots.Picture]) -> Path | None:
-    """The page at `out`, its pictures in a folder of the same name beside it, which is returned."""
-    try:
-        write_text_atomic(out, html)
-        if not pictures:
-            return None
-        folder = out.with_suffix("")
-        folder.mkdir(exist_ok=True)
-        for name, drawn in pictures.items():
-            with atomic_write(folder / f"{name}.png") as f:
-                f.write(drawn.png)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from error
-    return folder
-
-
 def _report(args: argparse.Namespace) -> None:
     path = Path(args.run)
     out = Path(args.out) if args.out else path / "report.html"
+    page.check_folder(out)  # before minutes of work
     html, pictures = build(open_run(path, args.device))
-    folder = write(out, html, pictures)
+    folder = page.write(out, html, pictures)
     print(f"{out}: open it in a browser; its {len(pictures)} pictures: {folder}/*.png")
 
 

@@ -1,14 +1,16 @@
 """HTML pages in one file: no script, no external resource, light and dark, wide and narrow.
 
-Texts and labels are hostile input: they go through `escaped`, everything else here is our own.
+What comes from outside goes through `escaped` here; `content`, `body` and pictures are HTML.
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
-from fasttx.attributions import Explanation
+from fasttx.checkpoint import CheckpointError
+from fasttx.escaping import escaped
+from fasttx.files import atomic_write, write_text_atomic
 from fasttx.plots import Picture
 
 CSS = """\
@@ -17,13 +19,14 @@ CSS = """\
   --blue: #0b6e99; --orange: #d9730d; --alarm: #b3261e; --for: 11 110 153; --against: 217 115 13; }
 @media (prefers-color-scheme: dark) { :root {
   --ink: #e6e4df; --grey: #a09e98; --grid: #3a3936; --ground: #191918; --card: #232321;
-  --blue: #4fa8d1; --orange: #f09a4a; --alarm: #ff8a80; --for: 60 150 195; --against: 230 130 50; } }
+  --blue: #4fa8d1; --orange: #f09a4a; --alarm: #ff8a80; --for: 60 150 195;
+  --against: 230 130 50; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; background: var(--ground);
   color: var(--ink); font: 1rem/1.55 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; line-height: 1.3; margin: 0 0 .5rem; }
-h1, h2, h3, p, td, th, summary { overflow-wrap: anywhere; }
+h1, h2, h3, p, td, th, summary { overflow-wrap: break-word; }
 h3 { font-size: 1rem; margin: 0 0 .4rem; }
 section { margin-top: 2.8rem; }
 .kicker { color: var(--grey); font-size: .82rem; margin: 0 0 .1rem; }
@@ -41,6 +44,7 @@ nav a { color: var(--blue); display: inline-block; }
 .tiles small { display: block; font-size: .76rem; font-weight: 400; color: var(--grey); }
 .scroll { overflow-x: auto; }
 figure { margin: .5rem 0; }
+figure.wide { width: min(100vw - 2.5rem, 110rem); margin-left: 50%; transform: translateX(-50%); }
 figure svg { display: block; width: 100%; height: auto; }
 figure text { font-family: inherit !important; }
 figure image { image-rendering: pixelated; }
@@ -50,42 +54,18 @@ th, td { text-align: left; padding: .25rem 1.4rem .25rem 0; border-bottom: 1px s
   vertical-align: top; }
 th { color: var(--grey); font-weight: 500; }
 td.number, th.number { text-align: right; white-space: nowrap; }
-article { background: var(--card); border-radius: .5rem; padding: 1rem; margin: .8rem 0; }
-.text { margin: .4rem 0; line-height: 1.75; overflow-wrap: anywhere; }
+article { background: var(--card); border-radius: .5rem; padding: .9rem 1rem; margin: .8rem 0; }
+article p { margin: .3rem 0; } article h3 { margin: 0; }
+.text { margin: .4rem 0; line-height: 1.75; }
 .text span { border-radius: .2rem; padding: .08em .1em; }
 .unknown { text-decoration: underline dotted var(--grey); text-underline-offset: .2em; }
 .cut { color: var(--grey); font-style: italic; }
-.for { background: rgb(var(--for) / var(--a)); } .against { background: rgb(var(--against) / var(--a)); }
+.for { background: rgb(var(--for) / var(--a)); }
+.against { background: rgb(var(--against) / var(--a)); }
 details summary { cursor: pointer; color: var(--blue); margin: .6rem 0; }
 @media (max-width: 40rem) { body { padding: 1.2rem .9rem 3rem; } h1 { font-size: 1.35rem; } }
 @media print { details > * { display: block; } }
 """
-
-ATTRIBUTION_NOTE = (
-    "Shades and numbers are integrated gradients (Sundararajan et al., 2017), in logits: what each "
-    "word adds to the lead of the predicted label over the next one, compared with a text of "
-    "as many unknown words. Words not in the vocabulary (dotted) add nothing by definition. They "
-    "describe this model, not the world, and say little about words that act together."
-)
-ATTENTION_NOTE = (
-    "A row is a word that looks, a column one that is looked at; dark is much, on a scale of each "
-    "map's own (square root). They show where a head gathers values from. They do not show what it "
-    "does with them, what later layers undo, or why the label was chosen: attention is no "
-    "explanation (Jain and Wallace, 2019)."
-)
-
-_STAY = " \n\t\u00a0\u200c\u200d"
-
-
-def printable(text: str) -> str:
-    """What cannot be printed or would turn the text around (control characters, escape sequences,
-    lone surrogates, bidirectional overrides) becomes U+FFFD; joiners and spaces stay."""
-    return "".join(c if c.isprintable() or c in _STAY else "\ufffd" for c in text)
-
-
-def escaped(text: object) -> str:
-    """For HTML, in content and in quoted attributes."""
-    return html.escape(printable(str(text)), quote=True)
 
 
 def document(title: str, body: str) -> str:
@@ -150,43 +130,37 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = Tr
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def figure(drawn: Picture, caption: str = "", least: str = "34rem", most: str = "62rem") -> str:
-    """A picture as wide as the page, but not below `least` (then it scrolls) nor above `most`."""
+def figure(
+    drawn: Picture, caption: str = "", least: str = "34rem", most: str = "62rem", wide: bool = False
+) -> str:  # fmt: skip
+    """A picture as wide as the page (or the window), but not below `least`, where it scrolls, nor
+    above `most`."""
+    kind = ' class="wide"' if wide else ""
     below = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
     return (
-        f'<figure><div class="scroll"><div style="min-width: {least}; max-width: {most}">'
+        f'<figure{kind}><div class="scroll"><div style="min-width: {least}; max-width: {most}">'
         f"{drawn.svg}</div></div>{below}</figure>"
     )
 
 
-def coloured_text(found: Explanation) -> str:
-    """The words as the model read them, shaded by attribution; the number on hovering."""
-    scale = max(float(abs(found.attributions).max(initial=0.0)), 1e-12)
-    cut = f'<span class="cut">[{found.words_left_out:,} words not read]</span>'
-    pieces = []
-    for i, (word, value) in enumerate(zip(found.words, found.attributions.tolist(), strict=True)):
-        if found.words_left_out and i == found.left_out_at:
-            pieces.append(cut)
-        share = abs(value) / scale
-        classes = [] if found.known[i] else ["unknown"]
-        style = ""
-        if share >= 0.03:  # fainter than can be seen
-            classes.append("for" if value > 0 else "against")
-            style = f' style="--a:{0.75 * share:.2f}"'
-        kind = f' class="{" ".join(classes)}"' if classes else ""
-        pieces.append(f'<span{kind}{style} title="{value:+.3f}">{escaped(word)}</span>')
-    if found.words_left_out and found.left_out_at == len(found.words):
-        pieces.append(cut)
-    return f'<p class="text">{" ".join(pieces) or "(no words)"}</p>'
+def check_folder(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise CheckpointError(
+            f"cannot write {out}: the folder {out.parent} does not exist; create it first"
+        )
 
 
-def strongest(found: Explanation, count: int = 5) -> str:
-    """The words that say most for and against, with their numbers, repeated words added up."""
-    for_label, against = found.ranked()
-    parts = []
-    for kind, words in (("For", for_label), ("against", against)):
-        if words:
-            listed = ", ".join(f"{word} {value:+.2f}" for word, value in words[:count])
-            label = found.label if kind == "For" else "it"
-            parts.append(f"{kind} {label}: {listed}")
-    return paragraph("; ".join(parts)) if parts else ""
+def write(out: Path, html: str, pictures: Mapping[str, Picture]) -> Path | None:
+    """The page at `out`, its pictures in a folder of the same name beside it, which is returned."""
+    try:
+        write_text_atomic(out, html)
+        if not pictures:
+            return None
+        folder = out.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        for name, drawn in pictures.items():
+            with atomic_write(folder / f"{name}.png") as f:
+                f.write(drawn.png)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error}") from error
+    return folder

@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn with matplotlib: each as SVG for a page and as PNG for a slide."""
+"""The pictures of a report, drawn with matplotlib: as SVG for its page, as PNG for a slide."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fasttx.escaping import escaped, printable
 from fasttx.findings import LengthBins, Reliability, wilson
 from fasttx.metrics import Metrics
 
@@ -34,7 +35,7 @@ STYLE: dict[str, Any] = {
     "text.parse_math": False,  # a $ in a label or a text is a dollar
 }  # fmt: skip
 
-MOST_WORDS = 24  # of an attention map, so that they can be read
+MOST_WORDS = 20  # of an attention map, so that they can be read
 MOST_CELLS = 12  # labels of a confusion matrix whose counts are written in
 
 
@@ -75,21 +76,15 @@ def inline(svg: str, name: str, alt: str) -> str:
     svg = svg[svg.index("<svg") :]
     for colour, variable in VARIABLES.items():
         svg = svg.replace(f": {colour}", f": var({variable})")
-    referred = set(re.findall(r'(?:url\(|href=")#([\w-]+)', svg))
+    referred = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
 
     def identity(match: re.Match[str]) -> str:
         return f' id="{name}-{match[1]}"' if match[1] in referred else ""
 
-    svg = re.sub(r' id="([\w-]+)"', identity, svg)
+    svg = re.sub(r' id="([^"<>]+)"', identity, svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(alt)}"', 1)
-
-
-def _attribute(text: str) -> str:
-    from html import escape
-
-    return escape(text, quote=True)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escaped(alt)}"', 1)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -107,9 +102,7 @@ def _shades(values: np.ndarray) -> np.ndarray:
 
 
 def _percent_axis(axis: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    axis.set_major_formatter(lambda share, _: f"{100 * share:.6g} %")
 
 
 # --- the pictures ---------------------------------------------------------------------------------
@@ -131,8 +124,8 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], steps_per_epoch: int, bes
         axes.plot(at, [row[f"val_{what}"] for row in epochs], "o-", color=BLUE, lw=2,
                   markersize=5, label="validation")  # fmt: skip
         axes.axvline(best, color=GREY, lw=0.8, ls=":")
-        axes.annotate("chosen", (best, 1), (-3, -2), xycoords=("data", "axes fraction"),
-                      textcoords="offset points", ha="right", va="top", color=GREY,
+        axes.annotate("chosen", (best, 0), (-3, 3), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", ha="right", va="bottom", color=GREY,
                       fontsize=8)  # fmt: skip
         axes.set_title(what.capitalize())
         axes.set_xlabel("epoch")
@@ -193,6 +186,7 @@ def _bare(axes: Axes) -> None:
 
 
 def shortened(text: str, most: int) -> str:
+    text = printable(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -234,7 +228,7 @@ def accuracy_by_length(bins: LengthBins, limit: int) -> Figure:
     cut = int(np.searchsorted(bins.longest, limit, side="right"))  # the first bin with longer ones
     if cut < len(places):
         axes.axvspan(cut - 0.5, places[-1] + 0.5, color=GREY, alpha=0.12, lw=0)
-        axes.annotate(f"longer than the {limit} words that are read", (cut - 0.45, 0.02),
+        axes.annotate(f"longer than the {limit} words that are read", (cut - 0.5, 1.02),
                       xycoords=("data", "axes fraction"), color=GREY, fontsize=8)  # fmt: skip
     labels = [
         (f"{a:,}" if a == b else f"{a:,}-{b:,}") + f"\nn = {n:,}"
@@ -261,20 +255,21 @@ def attention_maps(attention: np.ndarray, words: Sequence[str]) -> Figure:
     kept = most_attended(attention)
     layers, heads = attention.shape[:2]
     labels = [shortened(words[k], 12) for k in kept]
-    side = 0.85 + 0.05 * len(kept)
+    # One scale for all maps, so that they compare; the square root brings out what is small.
+    strongest = max(float(attention[..., kept[:, None], kept].max()), 1e-12)
+    side = 0.9 + 0.065 * len(kept)  # inches
+    size = min(7.0, 0.75 * 72 * side / len(kept))
     figure = _figure(1.0 + side * heads, 0.9 + (side + 0.12) * layers)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr]
     grid = figure.subplots(layers, heads, squeeze=False)
     for (layer, head), axes in np.ndenumerate(grid):
         weights = attention[layer, head][np.ix_(kept, kept)]
-        # Each map has its own scale: the square root brings out what is small.
-        axes.imshow(_shades(np.sqrt(weights / max(float(weights.max()), 1e-12))),
-                    interpolation="none")  # fmt: skip
+        axes.imshow(_shades(np.sqrt(weights / strongest)), interpolation="none")
         _bare(axes)
         left, bottom = head == 0, layer == layers - 1
-        axes.set_yticks(range(len(kept)) if left else [], labels if left else [], fontsize=4.5)
+        axes.set_yticks(range(len(kept)) if left else [], labels if left else [], fontsize=size)
         axes.set_xticks(range(len(kept)) if bottom else [], labels if bottom else [],
-                        fontsize=4.5, rotation=90)  # fmt: skip
+                        fontsize=size, rotation=90)  # fmt: skip
         axes.tick_params(pad=1)
         for edge in axes.spines.values():
             edge.set(visible=True, color=GRID)

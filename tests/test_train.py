@@ -25,7 +25,7 @@ SMALL = [
     "--weight-decay", "0", "--schedule", "constant", "--warmup-steps", "0", "--word-dropout", "0",
     "--dropout", "0.1", "--epochs", "4", "--device", "cpu", "--log-every", "3",
 ]  # fmt: skip
-CLOCK = {"seconds", "samples_per_second", "peak_memory_mb", "history"}
+CLOCK = {"seconds", "samples_per_second", "peak_memory_mb", "history", "time_to_accuracy"}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def results(folder: Path) -> dict:
 def test_run_folder(run: Path) -> None:
     assert {p.name for p in run.iterdir()} == {
         "config.json", "tokenizer.json", "best_model.pt", "metrics.jsonl", "results.json",
-        "train.log", "last.ckpt",
+        "train.log", "last.ckpt", "test_predictions.npz",
     }  # fmt: skip
     found = results(run)
     assert found["test_accuracy"] > 0.9

@@ -1,0 +1,117 @@
+"""A finished run as its report needs it: results, history, model, predictions and texts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttx import classifier, runs
+from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder, read_json
+from fasttx.data import DataError, TextDataset
+from fasttx.findings import percent
+from fasttx.metrics import Metrics
+from fasttx.predictions import Predictions
+from fasttx.token_cache import encode_cached
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """What a report is made from. `texts` and `lengths` (in words) are None where the dataset
+    cannot be had any more, and `predictions` too where the run saved none; `notes` say why."""
+
+    folder: RunFolder
+    config: RunConfig
+    results: dict[str, Any]
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    model: classifier.TextClassifier
+    predictions: Predictions | None
+    texts: list[str] | None
+    lengths: np.ndarray | None
+    notes: list[str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.config.label_names
+
+    @property
+    def metrics(self) -> Metrics:
+        """Of the test split, as results.json has them."""
+        values = self.results["test"]
+        return Metrics(**{k: np.array(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.config.train.batch_size * self.config.train.grad_accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-int(self.config.dataset["train_samples"]) // self.samples_per_step)
+
+
+def open_run(path: Path, device: str = "auto") -> FinishedRun:
+    """Raises CheckpointError for a run that is not finished: its test split is not touched yet."""
+    model = classifier.load(path, device=device, attn_backend="sdpa")  # which runs everywhere
+    folder = RunFolder(path)
+    config = RunConfig.load(folder.config)
+    if not folder.results.exists():
+        raise CheckpointError(
+            f"{folder.results} does not exist: the run is not finished, and its test split is "
+            f"measured once, at the end. Go on with it: python train.py --resume {path}"
+        )
+    results, notes = read_json(folder.results), []
+    dataset: TextDataset | None = None
+    try:
+        dataset = runs.load_dataset(folder, config)
+    except (DataError, CheckpointError) as error:
+        notes.append(
+            f"The texts of this run cannot be had any more, so what needs them is missing: {error}"
+        )
+    predictions = _predictions(folder, config, model, dataset)
+    if predictions and predictions.metrics.accuracy != results["test_accuracy"]:
+        notes.append(
+            f"{folder.test_predictions.name} has an accuracy of "
+            f"{percent(predictions.metrics.accuracy, 2)}, results.json of "
+            f"{percent(results['test_accuracy'], 2)}: it was computed again, on another device or "
+            "in another precision."
+        )
+    texts = dataset.test.texts if dataset else None
+    lengths = encode_cached(model.tokenizer, texts).lengths if texts is not None else None
+    return FinishedRun(
+        folder, config, results, _rows(folder.metrics), model, predictions, texts, lengths, notes
+    )
+
+
+def _predictions(
+    folder: RunFolder, config: RunConfig, model: classifier.TextClassifier,
+    dataset: TextDataset | None,
+) -> Predictions | None:  # fmt: skip
+    """Those that the run saved; of an older run, computed now and saved for the next time."""
+    if folder.test_predictions.exists():
+        found = Predictions.load(folder.test_predictions, len(config.label_names))
+        if len(found) != config.dataset["test_samples"] or (
+            dataset is not None and not np.array_equal(found.labels, dataset.test.labels)
+        ):
+            raise CheckpointError(
+                f"{folder.test_predictions} does not belong to the {len(found):,} labels of this "
+                "run's test split. Delete it: `fasttx report` makes it again"
+            )
+        return found
+    if dataset is None:
+        return None
+    print(f"predicting the {len(dataset.test.texts):,} test texts once more ...", flush=True)
+    found = Predictions(model.logits(dataset.test.texts).numpy(), dataset.test.labels)
+    found.save(folder.test_predictions)
+    return found
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as lines of JSON: {error}") from error
+    return [row for row in rows if row["kind"] in ("train", "epoch")]
