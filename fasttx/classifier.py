@@ -45,6 +45,25 @@ def predict_logits(
     return torch.empty_like(logits).index_copy_(0, order, logits)
 
 
+def read(
+    ids: RaggedIds, max_len: int, truncation: str, long_texts: str
+) -> tuple[RaggedIds, np.ndarray | None]:
+    """What the model reads of texts that it predicts, as TrainConfig has it: the ids, and of
+    windows the text (windows,) that each belongs to."""
+    if long_texts == "windows":
+        return ids.windows(max_len)
+    return ids.truncate(max_len, truncation), None
+
+
+def mean_of_windows(logits: Tensor, owner: np.ndarray | None) -> Tensor:
+    """(windows, num_classes) -> (texts, num_classes); every text has a window."""
+    if owner is None or not len(owner):
+        return logits
+    of = torch.from_numpy(owner)
+    sums = logits.new_zeros(int(owner[-1]) + 1, logits.shape[1]).index_add_(0, of, logits)
+    return sums / torch.bincount(of)[:, None]
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The likeliest label of a text, its probability, and those of all labels."""
@@ -62,17 +81,20 @@ class TextClassifier:
     tokenizer: Tokenizer
     label_names: tuple[str, ...]
     truncation: str
+    long_texts: str
     device: torch.device
 
     def encode(self, texts: Sequence[str]) -> RaggedIds:
-        """Token ids as the model was trained on them, truncation included."""
+        """Token ids as the model was trained on them, truncation included: one sequence a text."""
         ids = self.tokenizer.encode_batch(texts)
         return ids.truncate(self.model.config.max_len, self.truncation)
 
     def logits(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
         """(texts, num_classes) fp32 on the CPU."""
-        ids = self.encode(texts)
-        return predict_logits(self.model, ids, self.device, batch_size=batch_size)
+        ids = self.tokenizer.encode_batch(texts)
+        read_ids, owner = read(ids, self.model.config.max_len, self.truncation, self.long_texts)
+        logits = predict_logits(self.model, read_ids, self.device, batch_size=batch_size)
+        return mean_of_windows(logits, owner)
 
     def predict(self, texts: Sequence[str], *, batch_size: int = 64) -> list[Prediction]:
         """One Prediction a text, in order. Raises TypeError for a bare string."""
@@ -120,5 +142,6 @@ def load(
         tokenizer,
         config.label_names,
         config.train.truncation,
+        config.train.long_texts,
         where,
     )

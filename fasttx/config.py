@@ -124,9 +124,16 @@ class TrainConfig:
     )
     truncation: str = setting(
         "head",
-        "what to keep of a text longer than max-len",
+        "what to keep of a training text longer than max-len",
         group="data",
         choices=("head", "tail", "head+tail"),
+    )
+    long_texts: str = setting(
+        "cut",
+        "how a text longer than max-len is measured and predicted: cut as in training, or all of "
+        "it in windows whose logits are averaged",
+        group="data",
+        choices=("cut", "windows"),
     )
 
     epochs: int = setting(5, "passes over the training split", group="optimisation")

@@ -33,6 +33,7 @@ log = logging.getLogger("fasttx")
 # Settings of a classifier's training that say nothing here.
 WITHOUT = (
     "label_column", "test_samples", "subset_order", "allow_single_class", "truncation",
+    "long_texts",
     "label_smoothing", "word_dropout", "init_from",
 )  # fmt: skip
 HELD_OUT = 1000  # texts, at most, on which the masked accuracy of an epoch is measured

@@ -122,7 +122,8 @@ def heading(run: RunConfig, folder: RunFolder, device: torch.device) -> str:
     """What is about to be trained, on what, with which settings."""
     t, m = run.train, run.train.model
     auto = " (auto)" if m.attn_backend == "auto" else ""
-    length = f"{m.max_len} tokens ({t.truncation})"
+    longer = t.truncation + (", measured in windows" if t.long_texts == "windows" else "")
+    length = f"{m.max_len} tokens ({longer})"
     batch = t.batch_size * t.grad_accumulation
     return f"""\
 run        {folder.path}  (recipe {run.recipe}, seed {t.seed})

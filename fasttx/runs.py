@@ -14,6 +14,7 @@ from fasttx import data
 from fasttx import device as devices
 from fasttx.attention import registry
 from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder, load_encoder
+from fasttx.classifier import read
 from fasttx.config import ConfigError, TrainConfig
 from fasttx.distributed import Processes
 from fasttx.model import TransformerClassifier
@@ -153,12 +154,16 @@ def _open(
     folder: RunFolder, run: RunConfig, device: torch.device, tokenizer: Tokenizer,
     dataset: data.TextDataset,
 ) -> Run:  # fmt: skip
-    def examples(ids: RaggedIds, split: data.Split) -> Examples:
-        return Examples(ids.truncate(run.train.model.max_len, run.train.truncation), split.labels)
+    t, max_len = run.train, run.train.model.max_len
+
+    def measured(ids: RaggedIds, split: data.Split) -> Examples:
+        ids, owner = read(ids, max_len, t.truncation, t.long_texts)
+        return Examples(ids, split.labels, owner)
 
     splits = (dataset.train, dataset.validation, dataset.test)
     train, validation, test = (encode_cached(tokenizer, split.texts) for split in splits)
     return Run(
-        folder, run, device, tokenizer, examples(train, dataset.train),
-        examples(validation, dataset.validation), examples(test, dataset.test), train,
+        folder, run, device, tokenizer,
+        Examples(train.truncate(max_len, t.truncation), dataset.train.labels),
+        measured(validation, dataset.validation), measured(test, dataset.test), train,
     )  # fmt: skip

@@ -32,7 +32,7 @@ from fasttx.checkpoint import (
     load_weights,
     save_state,
 )
-from fasttx.classifier import predict_logits
+from fasttx.classifier import mean_of_windows, predict_logits
 from fasttx.config import TrainConfig
 from fasttx.distributed import Processes
 from fasttx.encoder import Encoder
@@ -55,10 +55,14 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Examples:
-    """One split, ready for the model: token ids (truncated) and labels (n,) int64."""
+    """One split, ready for the model: token ids, of at most max_len tokens, and labels (n,) int64.
+
+    owner (sequences,) int64: which text each sequence is a window of; None: one sequence a text.
+    """
 
     ids: RaggedIds
     labels: np.ndarray
+    owner: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -299,14 +303,14 @@ class Trainer:
 
     def predict(self, examples: Examples) -> np.ndarray:
         """Logits (n, num_classes) float32 in every process: each predicts a share of the texts."""
-        mine = self.processes.share(np.arange(len(examples)))
-        logits = torch.zeros(len(examples), self.config.model.num_classes)
+        mine = self.processes.share(np.arange(len(examples.ids)))
+        logits = torch.zeros(len(examples.ids), self.config.model.num_classes)
         if len(mine):
             logits[torch.from_numpy(mine)] = predict_logits(
                 self.model, examples.ids.select(mine), self.device,
                 batch_size=self.config.batch_size, precision=self.config.precision,
             )  # fmt: skip
-        return self.processes.sum(logits).numpy()
+        return mean_of_windows(self.processes.sum(logits), examples.owner).numpy()
 
     def evaluate(self, examples: Examples) -> Metrics:
         """Exact over all processes: no review counts twice."""

@@ -145,6 +145,23 @@ def test_evaluate_repeats_the_test_accuracy(run: Path, reviews: Path, tmp_path: 
     assert again["confusion_matrix"] == found["confusion_matrix"]
 
 
+def test_long_texts_in_windows(reviews: Path, tmp_path: Path) -> None:
+    """All of a text counts; what training measured, evaluate and predict measure too."""
+    windows = ["--max-len", "8", "--long-texts", "windows", "--epochs", "1"]
+    done = train("--dataset", reviews, "--out", "w", *SMALL, *windows, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown = command("evaluate", "w", "--dataset", reviews, "--json", cwd=tmp_path)
+    assert json.loads(shown.stdout)["loss"] == pytest.approx(
+        results(tmp_path / "w")["test_loss"], rel=1e-5
+    )
+    classifier = fasttx.load(tmp_path / "w", device="cpu")
+    parts = ["w1 w2 w3 w4 w5 w6", "w7 great w8 w9 w10 w11", "w12 awful w13 w14 w15 w16 w17"]
+    together = classifier.logits([" ".join(parts), "", parts[1]])
+    expected = classifier.logits(parts).mean(0)
+    torch.testing.assert_close(together[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together[2], classifier.logits([parts[1]])[0], rtol=1e-5, atol=1e-6)
+
+
 def test_backends(tmp_path: Path) -> None:
     shown = command("backends", "--device", "cpu", cwd=tmp_path)
     for name in registry.BACKENDS:
@@ -327,7 +344,8 @@ def test_two_processes_equal_one(reviews: Path, tmp_path: Path, optimizer: str, 
     """Without dropout, the same batches give the same run: weights under SGD, losses under Adam
     (whose first steps divide by tiny second moments, so rounding shows in the weights)."""
     same = ["--dataset", reviews, *SMALL, "--dropout", "0", "--batch-size", "15", "--optimizer",
-            optimizer, "--lr", lr, "--epochs", "2", "--grad-accumulation", "2"]  # fmt: skip
+            optimizer, "--lr", lr, "--epochs", "2", "--grad-accumulation", "2", "--max-len", "8",
+            "--long-texts", "windows"]  # fmt: skip
     one = train(*same, "--out", "one", cwd=tmp_path)
     two = train(*same, "--out", "two", cwd=tmp_path, launcher=TORCHRUN)
     assert one.returncode == 0, one.stderr
