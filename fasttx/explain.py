@@ -141,7 +141,7 @@ def attention(
     heads = found.attention.shape[1]
     return (
         f"<h3>{escaped(heading)}</h3>"
-        + page.figure(drawn, "", f"{max(20, 7 * heads)}rem", f"{14 * heads}rem", wide=True)
+        + page.figure(drawn, "", f"{max(20, 7 * heads)}rem", f"{14 * heads}rem", wide=heads > 4)
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ nav a { color: var(--blue); display: inline-block; }
 .scroll { overflow-x: auto; }
 figure { margin: .5rem 0; }
 figure.wide { width: min(100vw - 2.5rem, 110rem); margin-left: 50%; transform: translateX(-50%); }
+figure.wide .scroll > div { margin: 0 auto; }
 figure svg { display: block; width: 100%; height: auto; }
 figure text { font-family: inherit !important; }
 figure image { image-rendering: pixelated; }
