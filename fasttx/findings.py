@@ -138,7 +138,7 @@ def confusion_sentence(metrics: Metrics, names: Sequence[str]) -> str:
     np.fill_diagonal(wrong, 0)
     if not wrong.any():
         return f"No mistake among {metrics.n:,} texts"
-    row, column = np.unravel_index(wrong.argmax(), wrong.shape)
+    row, column = map(int, np.unravel_index(wrong.argmax(), wrong.shape))
     count = int(wrong[row, column])
     share = count / int(metrics.support[row])
     return (

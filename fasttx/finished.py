@@ -40,8 +40,10 @@ class FinishedRun:
     @property
     def metrics(self) -> Metrics:
         """Of the test split, as results.json has them."""
-        values = self.results["test"]
-        return Metrics(**{k: np.array(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: dict[str, Any] = {
+            k: np.array(v) if isinstance(v, list) else v for k, v in self.results["test"].items()
+        }
+        return Metrics(**values)
 
     @property
     def samples_per_step(self) -> int:

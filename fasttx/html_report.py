@@ -225,7 +225,8 @@ def _throughput(out: Pages, run: FinishedRun) -> None:
 def _configuration(out: Pages, run: FinishedRun) -> None:
     """Every setting by group; those that are not the defaults first."""
     t = run.config.train
-    changed, kept = [], []
+    changed: list[list[str]] = []
+    kept: list[list[str]] = []
     for config, cls in ((t, TrainConfig), (t.model, ModelConfig)):
         for f in dataclasses.fields(cls):
             if "group" in f.metadata:

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,16 +15,16 @@ from fasttx.escaping import escaped, printable
 from fasttx.findings import LengthBins, Reliability, wilson
 from fasttx.metrics import Metrics
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+# matplotlib's, which is imported when there is something to draw.
+Axes: TypeAlias = Any
+Figure: TypeAlias = Any
 
 INK, GREY, GRID = "#37352f", "#6f6e69", "#e6e5e2"
 BLUE, ORANGE = "#0b6e99", "#d9730d"
 # In a page each of them is a CSS variable, so that a picture is right in light and in dark mode.
 VARIABLES = {INK: "--ink", GREY: "--grey", GRID: "--grid", BLUE: "--blue", ORANGE: "--orange"}
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7, "font.size": 9,
     "font.family": "sans-serif", "axes.titlesize": 10, "axes.titlelocation": "left",
@@ -88,9 +88,9 @@ def inline(svg: str, name: str, alt: str) -> str:
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
+    from matplotlib import figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def _shades(values: np.ndarray) -> np.ndarray:
@@ -168,7 +168,7 @@ def confusion(metrics: Metrics, names: Sequence[str]) -> Figure:
                       color="white" if share[i, j] > 0.5 else INK, fontsize=8)  # fmt: skip
     short = [shortened(name, 18) for name in names]
     size = 9 if classes <= MOST_CELLS else max(3.0, 110 / classes)
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     crowded = classes > 4 or max(map(len, short)) > 10
     axes.set_xticks(range(classes), short, fontsize=size, **(turned if crowded else {}))
     axes.set_yticks(range(classes), short, fontsize=size)
@@ -260,7 +260,7 @@ def attention_maps(attention: np.ndarray, words: Sequence[str]) -> Figure:
     side = 0.9 + 0.065 * len(kept)  # inches
     size = min(7.0, 0.75 * 72 * side / len(kept))
     figure = _figure(1.0 + side * heads, 0.9 + (side + 0.12) * layers)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     grid = figure.subplots(layers, heads, squeeze=False)
     for (layer, head), axes in np.ndenumerate(grid):
         weights = attention[layer, head][np.ix_(kept, kept)]
