@@ -1,7 +1,10 @@
 """Fused attention and row operations on the CPU: the C++ of `kernels/cpu` as torch operators.
 
-T rows, B sequences, H heads, D head_dim. The kernels compute in float32. 16-bit tensors (also what
-autocast hands in) are widened on the way in and rounded on the way out.
+T rows, B sequences, H heads, D head_dim. The kernels compute in float32. What linear layers produce
+and consume, and its gradient, they read and write as float32 or bfloat16; the residual stream,
+vectors, tables and log-sum-exps are float32. Under autocast to bfloat16 nothing is copied: `add_norm`
+writes n as the next linear layer reads it. Other dtypes are widened on the way in and rounded on the
+way out.
 """
 
 from __future__ import annotations
@@ -100,6 +103,10 @@ def _seed(seed: Tensor | None) -> int:
     return 0 if seed is None else int(seed)
 
 
+def _is_bfloat16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
 def _rows(x: Tensor) -> Tensor:
     """The tensor, or a copy whose last dimension is contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
@@ -114,7 +121,7 @@ def _attention(
     starts, lens = starts.to(torch.int32).contiguous(), lens.to(torch.int32).contiguous()
     rows, heads, head_dim = tensors["q"].shape
     _call(
-        name, ctypes.byref(views), lse.data_ptr(), starts.data_ptr(), lens.data_ptr(), len(lens),
+        name, _is_bfloat16(tensors["q"]), ctypes.byref(views), lse.data_ptr(), starts.data_ptr(), lens.data_ptr(), len(lens),
         rows, heads, head_dim, scale, causal, _seed(seed), threshold,
     )  # fmt: skip
 
@@ -122,7 +129,7 @@ def _attention(
 @_implement("cpu_attention_qkv")
 def _attention_qkv_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     q, k, v = _rows(q), _rows(k), _rows(v)
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], len(q))
+    out, lse = _fake_attention_qkv(q, k, v)
     _attention("attention_forward", {"q": q, "k": k, "v": v, "out": out}, lse, *rest)
     return out, lse
 
@@ -166,8 +173,8 @@ def _add_norm_forward(
     h, y, bias, gamma, beta = (x.contiguous() for x in (h, y, bias, gamma, beta))
     total, normed, mean, rstd = _fake_add_norm(h, y, bias, gamma, beta, seed, threshold)
     _call(
-        "add_norm_forward", *_addresses(h, y, bias, gamma, beta, total, normed, mean, rstd),
-        *h.shape, LAYER_NORM_EPS, _seed(seed), threshold,
+        "add_norm_forward", _is_bfloat16(y),
+        *_addresses(h, y, bias, gamma, beta, total, normed, mean, rstd), *h.shape, LAYER_NORM_EPS, _seed(seed), threshold,
     )  # fmt: skip
     return total, normed, mean, rstd
 
@@ -181,8 +188,8 @@ def _add_norm_backward(
     dnormed, gamma = dnormed.contiguous(), gamma.contiguous()
     written = _fake_add_norm_backward(dsum, dnormed, total, gamma, mean, rstd, seed, threshold)
     _call(
-        "add_norm_backward", *_addresses(total, gamma, mean, rstd, dsum, dnormed, *written),
-        *total.shape, _seed(seed), threshold,
+        "add_norm_backward", _is_bfloat16(dnormed),
+        *_addresses(total, gamma, mean, rstd, dsum, dnormed, *written), *total.shape, _seed(seed), threshold,
     )  # fmt: skip
     return written
 
@@ -194,7 +201,8 @@ def _bias_act_forward(
     u, bias = u.contiguous(), bias.contiguous()
     out = torch.empty_like(u)
     _call(
-        "bias_act_forward", *_addresses(u, bias, out), *u.shape, gelu, _seed(seed), threshold
+        "bias_act_forward", _is_bfloat16(u), *_addresses(u, bias, out), *u.shape, gelu,
+        _seed(seed), threshold,
     )  # fmt: skip
     return out
 
@@ -208,8 +216,8 @@ def _bias_act_backward(
     u, bias = (x if x is None else x.contiguous() for x in (u, bias))
     du, dbias = _fake_bias_act_backward(dout, u, bias, out, seed, threshold, gelu)
     _call(
-        "bias_act_backward", *_addresses(u, bias, out, dout, du, dbias), *dout.shape, gelu,
-        _seed(seed), threshold,
+        "bias_act_backward", _is_bfloat16(dout), *_addresses(u, bias, out, dout, du, dbias),
+        *dout.shape, gelu, _seed(seed), threshold,
     )  # fmt: skip
     return du, dbias
 
@@ -246,18 +254,22 @@ def _addresses(*tensors: Tensor | None) -> list[int | None]:
     return [None if x is None else x.data_ptr() for x in tensors]
 
 
-# --- shapes, for tensors without data -------------------------------------------------------------
+# --- shapes and dtypes, for tensors without data --------------------------------------------------
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 @_fake("cpu_attention")
 def _fake_attention(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rows, _, heads, head_dim = qkv.shape
-    return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(heads, rows)
+    return qkv.new_empty(rows, heads, head_dim), _float32(qkv, heads, rows)
 
 
 @_fake("cpu_attention_qkv")
 def _fake_attention_qkv(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0])
+    return q.new_empty(q.shape), _float32(q, q.shape[1], q.shape[0])
 
 
 @_fake("cpu_attention_backward")
@@ -273,16 +285,16 @@ def _fake_attention_qkv_backward(
 
 
 @_fake("cpu_add_norm")
-def _fake_add_norm(h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_add_norm(h: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     rows, _ = h.shape
-    return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(rows), h.new_empty(rows)
+    return h.new_empty(h.shape), y.new_empty(h.shape), h.new_empty(rows), h.new_empty(rows)
 
 
 @_fake("cpu_add_norm_backward")
 def _fake_add_norm_backward(dsum: Tensor | None, dnormed: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     shape = dnormed.shape
-    vectors = (dnormed.new_empty(shape[1]) for _ in range(3))
-    return (dnormed.new_empty(shape), dnormed.new_empty(shape), *vectors)
+    vectors = (_float32(dnormed, shape[1]) for _ in range(3))
+    return (_float32(dnormed, *shape), dnormed.new_empty(shape), *vectors)
 
 
 @_fake("cpu_bias_act")
@@ -292,7 +304,7 @@ def _fake_bias_act(u: Tensor, *rest: Any) -> Tensor:
 
 @_fake("cpu_bias_act_backward")
 def _fake_bias_act_backward(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return dout.new_empty(dout.shape), dout.new_empty(dout.shape[1])
+    return dout.new_empty(dout.shape), _float32(dout, dout.shape[1])
 
 
 @_fake("cpu_embed")
@@ -344,22 +356,23 @@ def _(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
 
 
 def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, _, gamma, _, seed, threshold = inputs
+    _, y, _, gamma, _, seed, threshold = inputs
     total, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, gamma, mean, rstd, seed)
-    ctx.threshold = threshold
+    ctx.options = y.dtype, threshold
 
 
 @_differentiate("cpu_add_norm", _add_norm_setup)
 def _(ctx: Any, dsum: Tensor | None, dnormed: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     total, gamma, mean, rstd, seed = ctx.saved_tensors
+    dtype, threshold = ctx.options
     if dnormed is None:
         if dsum is None:
             return (None,) * 7
-        dnormed = torch.zeros_like(dsum)
+        dnormed = torch.zeros_like(dsum, dtype=dtype)
     dh, dy, dgamma, dbeta, dbias = _ops.cpu_add_norm_backward(
-        dsum, dnormed, total, gamma, mean, rstd, seed, ctx.threshold
+        dsum, dnormed, total, gamma, mean, rstd, seed, threshold
     )
     return dh, dy, dbias, dgamma, dbeta, None, None
 
@@ -412,6 +425,11 @@ def _draw(p: float, seed: Tensor | None) -> tuple[Tensor | None, int]:
     return (dropout.require_seed(seed) if t else None), t
 
 
+def _stored(x: Tensor) -> Tensor:
+    """The tensor as the kernels read it."""
+    return x if _is_bfloat16(x) else x.float()
+
+
 def attention_qkv(
     q: Tensor,
     k: Tensor,
@@ -432,7 +450,8 @@ def attention_qkv(
     """
     drop = _draw(dropout_p, seed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q_, k_, v_ = (x.float() for x in (q, k, v))
+    same = q.dtype == k.dtype == v.dtype
+    q_, k_, v_ = (_stored(x) if same else x.float() for x in (q, k, v))
     out, _ = _ops.cpu_attention_qkv(q_, k_, v_, seq_starts, seq_lens, *drop, causal, scale)
     return out.to(q.dtype)
 
@@ -451,7 +470,7 @@ def attention(
     """`attention_qkv` of packed projections qkv (T, 3, H, D), read in place."""
     drop = _draw(dropout_p, seed)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    out, _ = _ops.cpu_attention(qkv.float(), seq_starts, seq_lens, *drop, causal, scale)
+    out, _ = _ops.cpu_attention(_stored(qkv), seq_starts, seq_lens, *drop, causal, scale)
     return out.to(qkv.dtype)
 
 
@@ -465,17 +484,16 @@ def _embed(
 def _add_norm(
     h: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    given = (x.float() for x in (h, y, bias, gamma, beta))
+    given = (h.float(), _stored(y), bias.float(), gamma.float(), beta.float())
     total, normed, _, _ = _ops.cpu_add_norm(*given, *_draw(p, seed))
-    dtype = torch.promote_types(h.dtype, y.dtype)
-    return total.to(dtype), normed.to(dtype)
+    return total.to(torch.promote_types(h.dtype, y.dtype)), normed.to(y.dtype)
 
 
 def _bias_act(
     u: Tensor, bias: Tensor, p: float, seed: Tensor | None, activation: str = "relu"
 ) -> Tensor:
     assert activation in ACTIVATIONS  # the configuration has checked it
-    out = _ops.cpu_bias_act(u.float(), bias.float(), *_draw(p, seed), activation == "gelu")
+    out = _ops.cpu_bias_act(_stored(u), bias.float(), *_draw(p, seed), activation == "gelu")
     return out.to(u.dtype)
 
 

@@ -18,7 +18,7 @@ NO_MEMORY = -1  # what a function returns where scratch could not be had
 
 
 class View(ctypes.Structure):
-    """A (T, H, D) float tensor: address, and strides of rows and heads in elements."""
+    """A (T, H, D) tensor: address, and strides of rows and heads in elements."""
 
     _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
 
@@ -34,13 +34,14 @@ _P, _I, _L, _F, _U = (
 )  # fmt: skip
 _SPANS = [ctypes.POINTER(Tensors), _P, _P, _P, _L, _L, _L, _L, _F, _I]
 _DROPOUT = [_L, _U, _I]  # seed, threshold; and the number of threads
+# The first argument of all but `embed`: are the tensors of linear layers bfloat16, or float32?
 SIGNATURES: dict[str, list[Any]] = {
-    "attention_forward": [*_SPANS, *_DROPOUT],
-    "attention_backward": [*_SPANS, *_DROPOUT],
-    "add_norm_forward": [*[_P] * 9, _L, _L, _F, *_DROPOUT],
-    "add_norm_backward": [*[_P] * 11, _L, _L, *_DROPOUT],
-    "bias_act_forward": [*[_P] * 3, _L, _L, _I, *_DROPOUT],
-    "bias_act_backward": [*[_P] * 6, _L, _L, _I, *_DROPOUT],
+    "attention_forward": [_I, *_SPANS, *_DROPOUT],
+    "attention_backward": [_I, *_SPANS, *_DROPOUT],
+    "add_norm_forward": [_I, *[_P] * 9, _L, _L, _F, *_DROPOUT],
+    "add_norm_backward": [_I, *[_P] * 11, _L, _L, *_DROPOUT],
+    "bias_act_forward": [_I, *[_P] * 3, _L, _L, _I, *_DROPOUT],
+    "bias_act_backward": [_I, *[_P] * 6, _L, _L, _I, *_DROPOUT],
     "embed_forward": [*[_P] * 5, _L, _L, _L, _L, _F, *_DROPOUT],
     "embed_backward": [*[_P] * 3, _L, _L, _L, _F, *_DROPOUT],
 }

@@ -41,8 +41,8 @@ constexpr int FORWARD_KEYS = (512 + PANEL - 1) / PANEL * PANEL;
 
 // Rows of one sequence as [length][DP], times `factor`; columns from head_dim and rows from `rows`
 // up to `padded` are 0.
-template <int DP>
-INLINE void copy_rows(float* to, const float* from, int64_t stride, int64_t rows, int64_t padded,
+template <int DP, class S>
+INLINE void copy_rows(float* to, const S* from, int64_t stride, int64_t rows, int64_t padded,
                       int head_dim, float factor) {
   for (int64_t r = 0; r < rows; r++, to += DP, from += stride)
 #pragma GCC unroll 8
@@ -174,8 +174,8 @@ INLINE void score_panel(int vectors, float* scores, int64_t stride, F* maxima, c
     score_panel<DP, 1>(scores, stride, maxima, q, rows, panel, key, query, length, causal);
 }
 
-template <int DP, bool DROP>
-static void forward(const Attention& a, int sequence, int head, int64_t first, int64_t last,
+template <int DP, bool DROP, class S>
+static void forward(const Attention<S>& a, int sequence, int head, int64_t first, int64_t last,
                     char* scratch) {
   const int64_t start = a.starts[sequence], length = a.lens[sequence];
   const int head_dim = (int)a.head_dim;
@@ -268,7 +268,7 @@ static void forward(const Attention& a, int sequence, int head, int64_t first, i
       store(factor + r, splat(DROP ? a.dropout.scale() : 1.0f) / sum);
     }
     for (int r = 0; r < rows; r++) {
-      float* out = a.written_out.at(start + query + r, head);
+      S* out = a.written_out.at(start + query + r, head);
       for (int d = 0; d < head_dim; d += W)
         store_first(out + d, load(o + r * DP + d) * factor[r], head_dim - d);
     }
@@ -322,7 +322,7 @@ static __attribute__((noinline)) void weigh_panel(float* p, float* ds, const flo
 
 template <int DP, bool DROP>
 struct Backward {
-  const Attention& a;
+  const Spans& a;
   int sequence, head;
   int64_t length;
   const float *q, *dout, *k_rows, *lse2, *delta;  // [length][DP], by query or by key
@@ -358,8 +358,8 @@ struct Backward {
   }
 };
 
-template <int DP, bool DROP>
-static void backward(const Attention& a, int sequence, int head, char* scratch) {
+template <int DP, bool DROP, class S>
+static void backward(const Attention<S>& a, int sequence, int head, char* scratch) {
   const int64_t start = a.starts[sequence], length = a.lens[sequence];
   const int head_dim = (int)a.head_dim;
   const int vectors = (int)((length + W - 1) / W);
@@ -387,7 +387,7 @@ static void backward(const Attention& a, int sequence, int head, char* scratch) 
   copy_rows<DP>(dout, a.dout.at(start, head), a.dout.row, length, queries, head_dim, 1.0f);
   memset(dq, 0, queries * DP * sizeof(float));
   for (int64_t r = 0; r < length; r++) {
-    const float* out = a.out.at(start + r, head);
+    const S* out = a.out.at(start + r, head);
     F product = {};
     for (int d = 0; d < head_dim; d += W)
       product += load_first(out + d, head_dim - d) * load(dout + r * DP + d);
@@ -413,8 +413,8 @@ static void backward(const Attention& a, int sequence, int head, char* scratch) 
 
     const int64_t here = length - key < width * W ? length - key : width * W;
     for (int64_t r = 0; r < here; r++) {
-      float* to_k = a.dk.at(start + key + r, head);
-      float* to_v = a.dv.at(start + key + r, head);
+      S* to_k = a.dk.at(start + key + r, head);
+      S* to_v = a.dv.at(start + key + r, head);
       for (int d = 0; d < head_dim; d += W) {
         // q carries scale * log2(e), dk wants scale.
         store_first(to_k + d, load(dk + r * DP + d) * LN2, head_dim - d);
@@ -423,7 +423,7 @@ static void backward(const Attention& a, int sequence, int head, char* scratch) 
     }
   }
   for (int64_t r = 0; r < length; r++) {
-    float* to = a.dq.at(start + r, head);
+    S* to = a.dq.at(start + r, head);
     for (int d = 0; d < head_dim; d += W)
       store_first(to + d, load(dq + r * DP + d) * a.scale, head_dim - d);
   }
@@ -440,30 +440,32 @@ static size_t attention_scratch(int64_t len, int64_t head_dim, bool backward) {
          FORWARD_ROWS * FORWARD_KEYS / LANES + DRAW_SLACK + rounding;
 }
 
-template <int DP>
-static void forward_of(const Attention& a, int s, int h, int64_t first, int64_t last, char* scratch) {
+template <int DP, class S>
+static void forward_of(const Attention<S>& a, int s, int h, int64_t first, int64_t last, char* scratch) {
   a.dropout.threshold ? forward<DP, true>(a, s, h, first, last, scratch)
                       : forward<DP, false>(a, s, h, first, last, scratch);
 }
 
-template <int DP>
-static void backward_of(const Attention& a, int s, int h, char* scratch) {
+template <int DP, class S>
+static void backward_of(const Attention<S>& a, int s, int h, char* scratch) {
   a.dropout.threshold ? backward<DP, true>(a, s, h, scratch) : backward<DP, false>(a, s, h, scratch);
 }
 
-static void attention_forward(const Attention& a, int s, int h, int64_t first, int64_t last,
+template <class S>
+static void attention_forward(const Attention<S>& a, int s, int h, int64_t first, int64_t last,
                               char* scratch) {
-  (a.head_dim <= 16   ? forward_of<16>
-   : a.head_dim <= 32 ? forward_of<32>
-   : a.head_dim <= 64 ? forward_of<64>
-                      : forward_of<128>)(a, s, h, first, last, scratch);
+  (a.head_dim <= 16   ? forward_of<16, S>
+   : a.head_dim <= 32 ? forward_of<32, S>
+   : a.head_dim <= 64 ? forward_of<64, S>
+                      : forward_of<128, S>)(a, s, h, first, last, scratch);
 }
 
-static void attention_backward(const Attention& a, int s, int h, char* scratch) {
-  (a.head_dim <= 16   ? backward_of<16>
-   : a.head_dim <= 32 ? backward_of<32>
-   : a.head_dim <= 64 ? backward_of<64>
-                      : backward_of<128>)(a, s, h, scratch);
+template <class S>
+static void attention_backward(const Attention<S>& a, int s, int h, char* scratch) {
+  (a.head_dim <= 16   ? backward_of<16, S>
+   : a.head_dim <= 32 ? backward_of<32, S>
+   : a.head_dim <= 64 ? backward_of<64, S>
+                      : backward_of<128, S>)(a, s, h, scratch);
 }
 
 }  // namespace FASTTX_ISA

@@ -16,19 +16,21 @@ static void keep(uint8_t* out, uint64_t row0, int rows, uint64_t block0, int blo
   draw_keep(out, row0, rows, block0, blocks, head, sequence, Philox(dropout.seed), dropout.threshold);
 }
 
+template <class S>
+constexpr StorageKernels<S> storage_kernels() {
+  return {attention_forward<S>, attention_backward<S>, add_norm_forward<S>,
+          add_norm_backward<S>, bias_act_forward<S>,   bias_act_backward<S>};
+}
+
 }  // namespace FASTTX_ISA
 
 extern const Kernels NAMED(fasttx_kernels_, FASTTX_ISA);
 const Kernels NAMED(fasttx_kernels_, FASTTX_ISA) = {
     TEXT(FASTTX_ISA),
+    FASTTX_ISA::storage_kernels<float>(),
+    FASTTX_ISA::storage_kernels<Bf16>(),
     FASTTX_ISA::attention_scratch,
-    FASTTX_ISA::attention_forward,
-    FASTTX_ISA::attention_backward,
     FASTTX_ISA::row_scratch,
-    FASTTX_ISA::add_norm_forward,
-    FASTTX_ISA::add_norm_backward,
-    FASTTX_ISA::bias_act_forward,
-    FASTTX_ISA::bias_act_backward,
     FASTTX_ISA::embed_forward,
     FASTTX_ISA::embed_backward,
     FASTTX_ISA::keep,

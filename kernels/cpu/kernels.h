@@ -1,8 +1,16 @@
 // What one instruction set's build offers, and the arguments it works on.
 // T rows, B sequences, H heads, D head_dim; every last dimension is contiguous.
+//
+// S is how linear layers' products and their gradients are stored, float or Bf16. All else is float,
+// and so is all arithmetic: Bf16 is widened where it is loaded and rounded where it is stored.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
+
+// bfloat16: the upper half of a float.
+struct Bf16 {
+  uint16_t bits;
+};
 
 // Rows and heads of a (T, H, D) tensor, by strides counted in elements.
 template <class T>
@@ -20,34 +28,46 @@ struct Dropout {
   float scale() const { return threshold < 65536 ? 65536.0f / (65536 - threshold) : 0.0f; }
 };
 
-struct Attention {
-  View<const float> q, k, v, out, dout;  // out and dout: backward only
-  View<float> written_out, dq, dk, dv;   // dq, dk, dv: backward only
-  float* lse;                            // (H, T): natural logarithm of each row's sum of exp
-  const int32_t *starts, *lens;          // (B,)
+// Attention, but for the tensors that S stores.
+struct Spans {
+  float* lse;                    // (H, T): natural logarithm of each row's sum of exp
+  const int32_t *starts, *lens;  // (B,)
   int64_t rows, heads, head_dim;
   float scale;
   bool causal;
   Dropout dropout;
 };
 
+template <class S>
+struct Attention : Spans {
+  View<const S> q, k, v, out, dout;  // out and dout: backward only
+  View<S> written_out, dq, dk, dv;   // dq, dk, dv: backward only
+};
+
 // h' = h + dropout(y + bias), n = LayerNorm(h') * gamma + beta. (rows, columns), contiguous.
+template <class S>
 struct AddNorm {
-  const float *h, *y, *bias, *gamma, *beta;  // forward; backward reads h' as h
-  float *sum, *normed, *mean, *rstd;         // written by forward; mean and rstd (rows,)
-  const float *dsum, *dnormed;               // gradients of h' and n; dsum may be null
-  float *dh, *dy, *partial;                  // partial (chunks, 3, columns): dgamma, dbeta, dbias
+  const float *h, *bias, *gamma, *beta;  // forward; backward reads h' as h
+  const S* y;
+  float *sum, *mean, *rstd;              // written by forward; mean and rstd (rows,)
+  S* normed;
+  const float* dsum;                     // gradients of h', which may be null, and of n
+  const S* dnormed;
+  float* dh;
+  S* dy;
   int64_t rows, columns;
   float eps;
   Dropout dropout;
 };
 
 // out = dropout(act(u + bias)). (rows, columns), contiguous.
+template <class S>
 struct BiasAct {
-  const float *u, *bias;        // backward of relu reads neither
-  float* out;                   // forward writes it, backward of relu reads it
-  const float* dout;
-  float *du, *partial;          // partial (chunks, columns): dbias
+  const S* u;                   // backward of relu reads neither u nor bias
+  const float* bias;
+  S* out;                       // forward writes it, backward of relu reads it
+  const S* dout;
+  S* du;
   int64_t rows, columns;
   bool gelu;
   Dropout dropout;
@@ -66,22 +86,30 @@ struct Embed {
 
 // Each function works on a share [first, last) that threads may take in any order; sums over shares
 // are made elsewhere, in an order that does not depend on the number of threads.
+template <class S>
+struct StorageKernels {
+  // Queries [first, last) of one sequence and head.
+  void (*attention_forward)(const Attention<S>&, int sequence, int head, int64_t first, int64_t last,
+                            char* scratch);
+  void (*attention_backward)(const Attention<S>&, int sequence, int head, char* scratch);
+  void (*add_norm_forward)(const AddNorm<S>&, int64_t first, int64_t last, char* scratch);
+  // partial (3, columns): dgamma, dbeta, dbias of this share.
+  void (*add_norm_backward)(const AddNorm<S>&, int64_t first, int64_t last, float* partial,
+                            char* scratch);
+  void (*bias_act_forward)(const BiasAct<S>&, int64_t first, int64_t last, char* scratch);
+  // partial (columns,): dbias of this share.
+  void (*bias_act_backward)(const BiasAct<S>&, int64_t first, int64_t last, float* partial,
+                            char* scratch);
+};
+
 struct Kernels {
   const char* name;
+  StorageKernels<float> float32;
+  StorageKernels<Bf16> bfloat16;
   // Bytes of scratch for one sequence of this length.
   size_t (*attention_scratch)(int64_t len, int64_t head_dim, bool backward);
-  // Queries [first, last) of one sequence and head.
-  void (*attention_forward)(const Attention&, int sequence, int head, int64_t first, int64_t last,
-                            char* scratch);
-  void (*attention_backward)(const Attention&, int sequence, int head, char* scratch);
   // Bytes of scratch for rows of this many columns.
   size_t (*row_scratch)(int64_t columns);
-  void (*add_norm_forward)(const AddNorm&, int64_t first, int64_t last, char* scratch);
-  void (*add_norm_backward)(const AddNorm&, int64_t first, int64_t last, float* partial,
-                            char* scratch);
-  void (*bias_act_forward)(const BiasAct&, int64_t first, int64_t last, char* scratch);
-  void (*bias_act_backward)(const BiasAct&, int64_t first, int64_t last, float* partial,
-                            char* scratch);
   void (*embed_forward)(const Embed&, int64_t first, int64_t last, char* scratch);
   // The rows of dtable whose id leaves this remainder, so that no two threads write to one row.
   void (*embed_backward)(const Embed&, int64_t remainder, int64_t divisor, char* scratch);

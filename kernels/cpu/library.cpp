@@ -110,9 +110,9 @@ struct Room {
 };
 thread_local Room room;
 
-// work(item, scratch) for every item, each taken by the next free thread. False: no memory.
+// work(item, scratch) for every item, each taken by the next free thread. Returns 0 or NO_MEMORY.
 template <class Work>
-bool share_out(int threads, int64_t items, size_t scratch, const Work& work) {
+int64_t share_out(int threads, int64_t items, size_t scratch, const Work& work) {
   struct Context {
     const Work& work;
     int64_t items;
@@ -129,7 +129,7 @@ bool share_out(int threads, int64_t items, size_t scratch, const Work& work) {
     }
     for (int64_t i; (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.items;) c.work(i, space);
   }, &context);
-  return !context.failed;
+  return context.failed ? NO_MEMORY : 0;
 }
 
 int64_t shares(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -141,11 +141,39 @@ void add_up(const float* partial, int64_t chunks, int64_t columns, int64_t strid
     for (int64_t c = 0; c < columns; c++) out[c] += partial[k * stride + c];
 }
 
+// work(first, last, scratch) for every share of the rows.
+template <class Work>
+int64_t share_rows(int threads, int64_t rows, int64_t columns, const Work& work) {
+  return share_out(threads, shares(rows, ROW_SHARE), kernels().row_scratch(columns),
+                   [&](int64_t i, char* scratch) {
+    work(i * ROW_SHARE, std::min(rows, (i + 1) * ROW_SHARE), scratch);
+  });
+}
+
+// work(first, last, partial, scratch) for every share of the rows, whose sums over columns it leaves
+// in partial (sums, columns). They are added up in order.
+template <class Work>
+int64_t share_sums(int threads, int64_t rows, int64_t columns, std::initializer_list<float*> sums,
+                   const Work& work) {
+  const int64_t chunks = shares(rows, PARTIAL_SHARE), stride = (int64_t)sums.size() * columns;
+  std::vector<float> partial(chunks * stride);
+  const int64_t code = share_out(threads, chunks, kernels().row_scratch(columns),
+                                 [&](int64_t i, char* scratch) {
+    work(i * PARTIAL_SHARE, std::min(rows, (i + 1) * PARTIAL_SHARE), partial.data() + i * stride, scratch);
+  });
+  const float* from = partial.data();
+  for (float* to : sums) {
+    add_up(from, chunks, columns, stride, to);
+    from += columns;
+  }
+  return code;
+}
+
 // ---- spans ---------------------------------------------------------------------------------------
 
 // Rows that belong to a sequence, in `covered`; the first sequence (from 1) that leaves the rows or
 // shares one with another, or 0.
-int64_t cover(const Attention& a, int64_t batch, std::vector<uint8_t>& covered) {
+int64_t cover(const Spans& a, int64_t batch, std::vector<uint8_t>& covered) {
   covered.assign(a.rows, 0);
   for (int64_t b = 0; b < batch; b++) {
     const int64_t start = a.starts[b], len = a.lens[b];
@@ -156,10 +184,11 @@ int64_t cover(const Attention& a, int64_t batch, std::vector<uint8_t>& covered) 
   return 0;
 }
 
-void clear_dead(const std::vector<uint8_t>& covered, const View<float>& x, int64_t heads, int64_t dim) {
+template <class S>
+void clear_dead(const std::vector<uint8_t>& covered, const View<S>& x, int64_t heads, int64_t dim) {
   for (size_t r = 0; r < covered.size(); r++)
     if (!covered[r])
-      for (int64_t h = 0; h < heads; h++) memset(x.at(r, h), 0, dim * sizeof(float));
+      for (int64_t h = 0; h < heads; h++) memset(x.at(r, h), 0, dim * sizeof(S));
 }
 
 struct Item {
@@ -168,7 +197,7 @@ struct Item {
 };
 
 // Longest first, so that the threads end together.
-std::vector<Item> items_of(const Attention& a, int64_t batch, int64_t share) {
+std::vector<Item> items_of(const Spans& a, int64_t batch, int64_t share) {
   std::vector<int32_t> order(batch);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return a.lens[x] > a.lens[y]; });
@@ -215,124 +244,134 @@ API void fasttx_use_threads(void* gomp, void* fork, void* push_threads, void* th
   kmp_thread = reinterpret_cast<KmpThread>(thread);
 }
 
-// q, k, v, out, dout, dq, dk, dv: pointer, row stride, head stride (in floats). Null: not wanted.
-struct Tensors {
-  View<float> q, k, v, out, dout, dq, dk, dv;
-};
-
-static Attention attention_of(const Tensors& t, float* lse, const int32_t* starts, const int32_t* lens,
-                              int64_t rows, int64_t heads, int64_t head_dim, float scale, int causal,
-                              int64_t seed, uint32_t threshold) {
-  auto input = [](const View<float>& x) { return View<const float>{x.data, x.row, x.head}; };
-  return {input(t.q), input(t.k), input(t.v), input(t.out), input(t.dout), t.out, t.dq, t.dk, t.dv, lse,
-          starts, lens, rows, heads, head_dim, scale, causal != 0, {(uint64_t)seed, threshold}};
+// work(kernels) of the type that tensors of linear layers are stored in.
+template <class Work>
+static int64_t in_storage(int bfloat16, const Work& work) {
+  return bfloat16 ? work(kernels().bfloat16) : work(kernels().float32);
 }
 
-static int64_t longest(const Attention& a, int64_t batch) {
+template <class S>
+S storage_of(const StorageKernels<S>&);
+
+// q, k, v, out, dout, dq, dk, dv: pointer, row stride, head stride (in elements). Null: not wanted.
+struct Tensors {
+  View<void> q, k, v, out, dout, dq, dk, dv;
+};
+
+template <class S>
+static Attention<S> attention_of(const Tensors& t, const Spans& spans) {
+  auto input = [](const View<void>& x) { return View<const S>{(const S*)x.data, x.row, x.head}; };
+  auto output = [](const View<void>& x) { return View<S>{(S*)x.data, x.row, x.head}; };
+  return {spans, input(t.q), input(t.k), input(t.v), input(t.out), input(t.dout),
+          output(t.out), output(t.dq), output(t.dk), output(t.dv)};
+}
+
+static int64_t longest(const Spans& a, int64_t batch) {
   return batch ? *std::max_element(a.lens, a.lens + batch) : 0;
 }
 
-API int64_t fasttx_attention_forward(const Tensors* t, float* lse, const int32_t* starts,
+API int64_t fasttx_attention_forward(int bfloat16, const Tensors* t, float* lse, const int32_t* starts,
                                      const int32_t* lens, int64_t batch, int64_t rows, int64_t heads,
                                      int64_t head_dim, float scale, int causal, int64_t seed,
                                      uint32_t threshold, int threads) {
-  const Attention a = attention_of(*t, lse, starts, lens, rows, heads, head_dim, scale, causal, seed,
-                                   threshold);
+  const Spans spans = {lse, starts, lens, rows, heads, head_dim, scale, causal != 0,
+                       {(uint64_t)seed, threshold}};
   std::vector<uint8_t> covered;
-  if (int64_t wrong = cover(a, batch, covered)) return wrong;
-  clear_dead(covered, a.written_out, heads, head_dim);
-  clear_dead(covered, {lse, 1, rows}, heads, 1);
-  const Kernels& k = kernels();
-  const std::vector<Item> items = items_of(a, batch, QUERY_SHARE);
-  const bool done = share_out(threads, items.size(), k.attention_scratch(longest(a, batch), head_dim, false),
-                              [&](int64_t i, char* scratch) {
-    const Item& item = items[i];
-    k.attention_forward(a, item.sequence, item.head, item.first, item.last, scratch);
+  if (int64_t wrong = cover(spans, batch, covered)) return wrong;
+  clear_dead(covered, View<float>{lse, 1, rows}, heads, 1);
+  const std::vector<Item> items = items_of(spans, batch, QUERY_SHARE);
+  const size_t scratch = kernels().attention_scratch(longest(spans, batch), head_dim, false);
+  return in_storage(bfloat16, [&](const auto& k) {
+    const auto a = attention_of<decltype(storage_of(k))>(*t, spans);
+    clear_dead(covered, a.written_out, heads, head_dim);
+    return share_out(threads, items.size(), scratch, [&](int64_t i, char* space) {
+      const Item& item = items[i];
+      k.attention_forward(a, item.sequence, item.head, item.first, item.last, space);
+    });
   });
-  return done ? 0 : NO_MEMORY;
 }
 
-API int64_t fasttx_attention_backward(const Tensors* t, const float* lse, const int32_t* starts,
-                                      const int32_t* lens, int64_t batch, int64_t rows, int64_t heads,
-                                      int64_t head_dim, float scale, int causal, int64_t seed,
-                                      uint32_t threshold, int threads) {
-  const Attention a = attention_of(*t, const_cast<float*>(lse), starts, lens, rows, heads, head_dim, scale,
-                                   causal, seed, threshold);
+API int64_t fasttx_attention_backward(int bfloat16, const Tensors* t, const float* lse,
+                                      const int32_t* starts, const int32_t* lens, int64_t batch,
+                                      int64_t rows, int64_t heads, int64_t head_dim, float scale, int causal,
+                                      int64_t seed, uint32_t threshold, int threads) {
+  const Spans spans = {const_cast<float*>(lse), starts, lens, rows, heads, head_dim, scale, causal != 0,
+                       {(uint64_t)seed, threshold}};
   std::vector<uint8_t> covered;
-  if (int64_t wrong = cover(a, batch, covered)) return wrong;
-  for (const View<float>& x : {a.dq, a.dk, a.dv}) clear_dead(covered, x, heads, head_dim);
-  const Kernels& k = kernels();
-  const std::vector<Item> items = items_of(a, batch, INT64_MAX / 2);
-  const bool done = share_out(threads, items.size(), k.attention_scratch(longest(a, batch), head_dim, true),
-                              [&](int64_t i, char* scratch) {
-    k.attention_backward(a, items[i].sequence, items[i].head, scratch);
+  if (int64_t wrong = cover(spans, batch, covered)) return wrong;
+  const std::vector<Item> items = items_of(spans, batch, INT64_MAX / 2);
+  const size_t scratch = kernels().attention_scratch(longest(spans, batch), head_dim, true);
+  return in_storage(bfloat16, [&](const auto& k) {
+    const auto a = attention_of<decltype(storage_of(k))>(*t, spans);
+    for (const auto& x : {a.dq, a.dk, a.dv}) clear_dead(covered, x, heads, head_dim);
+    return share_out(threads, items.size(), scratch, [&](int64_t i, char* space) {
+      k.attention_backward(a, items[i].sequence, items[i].head, space);
+    });
   });
-  return done ? 0 : NO_MEMORY;
 }
 
-API int64_t fasttx_add_norm_forward(const float* h, const float* y, const float* bias, const float* gamma,
-                                    const float* beta, float* sum, float* normed, float* mean, float* rstd,
-                                    int64_t rows, int64_t columns, float eps, int64_t seed,
-                                    uint32_t threshold, int threads) {
-  AddNorm a = {};
-  a.h = h, a.y = y, a.bias = bias, a.gamma = gamma, a.beta = beta;
-  a.sum = sum, a.normed = normed, a.mean = mean, a.rstd = rstd;
-  a.rows = rows, a.columns = columns, a.eps = eps, a.dropout = {(uint64_t)seed, threshold};
-  const Kernels& k = kernels();
-  return share_out(threads, shares(rows, ROW_SHARE), k.row_scratch(columns), [&](int64_t i, char* scratch) {
-    k.add_norm_forward(a, i * ROW_SHARE, std::min(rows, (i + 1) * ROW_SHARE), scratch);
-  }) ? 0 : NO_MEMORY;
+API int64_t fasttx_add_norm_forward(int bfloat16, const float* h, const void* y, const float* bias,
+                                    const float* gamma, const float* beta, float* sum, void* normed,
+                                    float* mean, float* rstd, int64_t rows, int64_t columns, float eps,
+                                    int64_t seed, uint32_t threshold, int threads) {
+  return in_storage(bfloat16, [&](const auto& k) {
+    using S = decltype(storage_of(k));
+    AddNorm<S> a = {};
+    a.h = h, a.y = (const S*)y, a.bias = bias, a.gamma = gamma, a.beta = beta;
+    a.sum = sum, a.normed = (S*)normed, a.mean = mean, a.rstd = rstd;
+    a.rows = rows, a.columns = columns, a.eps = eps, a.dropout = {(uint64_t)seed, threshold};
+    return share_rows(threads, rows, columns, [&](int64_t first, int64_t last, char* scratch) {
+      k.add_norm_forward(a, first, last, scratch);
+    });
+  });
 }
 
-API int64_t fasttx_add_norm_backward(const float* sum, const float* gamma, const float* mean,
-                                     const float* rstd, const float* dsum, const float* dnormed, float* dh,
-                                     float* dy, float* dgamma, float* dbeta, float* dbias, int64_t rows,
+API int64_t fasttx_add_norm_backward(int bfloat16, const float* sum, const float* gamma, const float* mean,
+                                     const float* rstd, const float* dsum, const void* dnormed, float* dh,
+                                     void* dy, float* dgamma, float* dbeta, float* dbias, int64_t rows,
                                      int64_t columns, int64_t seed, uint32_t threshold, int threads) {
-  AddNorm a = {};
-  a.h = sum, a.gamma = gamma, a.mean = const_cast<float*>(mean), a.rstd = const_cast<float*>(rstd);
-  a.dsum = dsum, a.dnormed = dnormed, a.dh = dh, a.dy = dy;
-  a.rows = rows, a.columns = columns, a.dropout = {(uint64_t)seed, threshold};
-  const Kernels& k = kernels();
-  const int64_t chunks = shares(rows, PARTIAL_SHARE), stride = 3 * columns;
-  std::vector<float> partial(chunks * stride);
-  const bool done = share_out(threads, chunks, k.row_scratch(columns), [&](int64_t i, char* scratch) {
-    k.add_norm_backward(a, i * PARTIAL_SHARE, std::min(rows, (i + 1) * PARTIAL_SHARE),
-                        partial.data() + i * stride, scratch);
+  return in_storage(bfloat16, [&](const auto& k) {
+    using S = decltype(storage_of(k));
+    AddNorm<S> a = {};
+    a.h = sum, a.gamma = gamma, a.mean = const_cast<float*>(mean), a.rstd = const_cast<float*>(rstd);
+    a.dsum = dsum, a.dnormed = (const S*)dnormed, a.dh = dh, a.dy = (S*)dy;
+    a.rows = rows, a.columns = columns, a.dropout = {(uint64_t)seed, threshold};
+    return share_sums(threads, rows, columns, {dgamma, dbeta, dbias},
+                      [&](int64_t first, int64_t last, float* partial, char* scratch) {
+      k.add_norm_backward(a, first, last, partial, scratch);
+    });
   });
-  add_up(partial.data(), chunks, columns, stride, dgamma);
-  add_up(partial.data() + columns, chunks, columns, stride, dbeta);
-  add_up(partial.data() + 2 * columns, chunks, columns, stride, dbias);
-  return done ? 0 : NO_MEMORY;
 }
 
-API int64_t fasttx_bias_act_forward(const float* u, const float* bias, float* out, int64_t rows,
+API int64_t fasttx_bias_act_forward(int bfloat16, const void* u, const float* bias, void* out, int64_t rows,
                                     int64_t columns, int gelu, int64_t seed, uint32_t threshold,
                                     int threads) {
-  BiasAct a = {};
-  a.u = u, a.bias = bias, a.out = out;
-  a.rows = rows, a.columns = columns, a.gelu = gelu, a.dropout = {(uint64_t)seed, threshold};
-  const Kernels& k = kernels();
-  return share_out(threads, shares(rows, ROW_SHARE), k.row_scratch(columns), [&](int64_t i, char* scratch) {
-    k.bias_act_forward(a, i * ROW_SHARE, std::min(rows, (i + 1) * ROW_SHARE), scratch);
-  }) ? 0 : NO_MEMORY;
+  return in_storage(bfloat16, [&](const auto& k) {
+    using S = decltype(storage_of(k));
+    BiasAct<S> a = {};
+    a.u = (const S*)u, a.bias = bias, a.out = (S*)out;
+    a.rows = rows, a.columns = columns, a.gelu = gelu, a.dropout = {(uint64_t)seed, threshold};
+    return share_rows(threads, rows, columns, [&](int64_t first, int64_t last, char* scratch) {
+      k.bias_act_forward(a, first, last, scratch);
+    });
+  });
 }
 
 // relu reads `out`; gelu reads `u` and `bias`.
-API int64_t fasttx_bias_act_backward(const float* u, const float* bias, const float* out, const float* dout,
-                                     float* du, float* dbias, int64_t rows, int64_t columns, int gelu,
-                                     int64_t seed, uint32_t threshold, int threads) {
-  BiasAct a = {};
-  a.u = u, a.bias = bias, a.out = const_cast<float*>(out), a.dout = dout, a.du = du;
-  a.rows = rows, a.columns = columns, a.gelu = gelu, a.dropout = {(uint64_t)seed, threshold};
-  const Kernels& k = kernels();
-  const int64_t chunks = shares(rows, PARTIAL_SHARE);
-  std::vector<float> partial(chunks * columns);
-  const bool done = share_out(threads, chunks, k.row_scratch(columns), [&](int64_t i, char* scratch) {
-    k.bias_act_backward(a, i * PARTIAL_SHARE, std::min(rows, (i + 1) * PARTIAL_SHARE),
-                        partial.data() + i * columns, scratch);
+API int64_t fasttx_bias_act_backward(int bfloat16, const void* u, const float* bias, const void* out,
+                                     const void* dout, void* du, float* dbias, int64_t rows,
+                                     int64_t columns, int gelu, int64_t seed, uint32_t threshold,
+                                     int threads) {
+  return in_storage(bfloat16, [&](const auto& k) {
+    using S = decltype(storage_of(k));
+    BiasAct<S> a = {};
+    a.u = (const S*)u, a.bias = bias, a.out = (S*)out, a.dout = (const S*)dout, a.du = (S*)du;
+    a.rows = rows, a.columns = columns, a.gelu = gelu, a.dropout = {(uint64_t)seed, threshold};
+    return share_sums(threads, rows, columns, {dbias},
+                      [&](int64_t first, int64_t last, float* partial, char* scratch) {
+      k.bias_act_backward(a, first, last, partial, scratch);
+    });
   });
-  add_up(partial.data(), chunks, columns, columns, dbias);
-  return done ? 0 : NO_MEMORY;
 }
 
 // Also returns i + 1 where row i has an id or a position outside its table.
@@ -346,10 +385,9 @@ API int64_t fasttx_embed_forward(const int64_t* ids, const int32_t* position_ids
   a.ids = ids, a.position_ids = position_ids, a.table = table, a.positions = positions, a.h = h;
   a.rows = rows, a.columns = columns, a.vocabulary = vocabulary, a.scale = scale;
   a.dropout = {(uint64_t)seed, threshold};
-  const Kernels& k = kernels();
-  return share_out(threads, shares(rows, ROW_SHARE), k.row_scratch(columns), [&](int64_t i, char* scratch) {
-    k.embed_forward(a, i * ROW_SHARE, std::min(rows, (i + 1) * ROW_SHARE), scratch);
-  }) ? 0 : NO_MEMORY;
+  return share_rows(threads, rows, columns, [&](int64_t first, int64_t last, char* scratch) {
+    kernels().embed_forward(a, first, last, scratch);
+  });
 }
 
 API int64_t fasttx_embed_backward(const int64_t* ids, const float* dh, float* dtable, int64_t rows,
@@ -363,7 +401,7 @@ API int64_t fasttx_embed_backward(const int64_t* ids, const float* dh, float* dt
   const int64_t divisor = threads < 1 ? 1 : threads;
   return share_out(threads, divisor, k.row_scratch(columns), [&](int64_t i, char* scratch) {
     k.embed_backward(a, i, divisor, scratch);
-  }) ? 0 : NO_MEMORY;
+  });
 }
 
 // Keep bytes (rows, blocks) of counters (block0 + b, row0 + r, head, sequence).

@@ -51,7 +51,8 @@ INLINE void each_vector(int64_t columns, Function f) {
 
 // ---- h' = h + dropout(y + bias), n = LayerNorm(h') -----------------------------------------------
 
-static void add_norm_forward(const AddNorm& a, int64_t first, int64_t last, char* scratch) {
+template <class S>
+static void add_norm_forward(const AddNorm<S>& a, int64_t first, int64_t last, char* scratch) {
   RowMask mask(a.dropout, a.columns, scratch);
   const float scale = a.dropout.scale(), share = 1.0f / a.columns;
   for (int64_t r = first; r < last; r++) {
@@ -81,7 +82,8 @@ static void add_norm_forward(const AddNorm& a, int64_t first, int64_t last, char
   }
 }
 
-static void add_norm_backward(const AddNorm& a, int64_t first, int64_t last, float* partial,
+template <class S>
+static void add_norm_backward(const AddNorm<S>& a, int64_t first, int64_t last, float* partial,
                               char* scratch) {
   RowMask mask(a.dropout, a.columns, scratch);
   const float scale = a.dropout.scale(), share = 1.0f / a.columns;
@@ -116,7 +118,8 @@ static void add_norm_backward(const AddNorm& a, int64_t first, int64_t last, flo
 
 // ---- dropout(act(u + bias)) ----------------------------------------------------------------------
 
-static void bias_act_forward(const BiasAct& a, int64_t first, int64_t last, char* scratch) {
+template <class S>
+static void bias_act_forward(const BiasAct<S>& a, int64_t first, int64_t last, char* scratch) {
   RowMask mask(a.dropout, a.columns, scratch);
   const float scale = a.dropout.scale();
   for (int64_t r = first; r < last; r++) {
@@ -137,7 +140,8 @@ static void bias_act_forward(const BiasAct& a, int64_t first, int64_t last, char
   }
 }
 
-static void bias_act_backward(const BiasAct& a, int64_t first, int64_t last, float* partial,
+template <class S>
+static void bias_act_backward(const BiasAct<S>& a, int64_t first, int64_t last, float* partial,
                               char* scratch) {
   RowMask mask(a.dropout, a.columns, scratch);
   const float scale = a.dropout.scale();

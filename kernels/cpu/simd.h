@@ -2,11 +2,11 @@
 // GCC and Clang vector extensions carry the arithmetic; intrinsics stand only where no portable
 // expression compiles to the right instruction.
 #pragma once
-#include <stddef.h>
-#include <stdint.h>
 #include <string.h>
 
 #include <utility>
+
+#include "kernels.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -45,7 +45,8 @@ constexpr int W = 4, MR = 4, NR = 2, NC = 2;  // 16 registers, no fused multiply
 
 typedef float F __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
-typedef uint16_t U16 __attribute__((vector_size(4 * W)));
+typedef uint16_t H __attribute__((vector_size(2 * W)));    // as many lanes as F, of half the size
+typedef uint16_t U16 __attribute__((vector_size(4 * W)));  // 2 W lanes
 typedef uint32_t U32 __attribute__((vector_size(4 * W)));
 typedef uint64_t U64 __attribute__((vector_size(4 * W)));  // W / 2 lanes
 
@@ -59,6 +60,27 @@ INLINE F load(const float* p) {
 
 INLINE void store(float* p, F v) { memcpy(p, &v, sizeof v); }
 
+INLINE F widen(H v) { return (F)(__builtin_convertvector(v, U32) << 16); }
+
+// To the nearest, ties to even. By integers: few machines with AVX-512 have its bfloat16 instructions.
+INLINE H narrow(F v) {
+  const U32 bits = (U32)v;
+  const U32 rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
+  const U32 nan = (U32)(v != v);  // which rounding could carry into the sign
+  return __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000u) & nan)) >> 16, H);
+}
+
+INLINE F load(const Bf16* p) {
+  H v;
+  memcpy(&v, p, sizeof v);
+  return widen(v);
+}
+
+INLINE void store(Bf16* p, F v) {
+  const H rounded = narrow(v);
+  memcpy(p, &rounded, sizeof rounded);
+}
+
 // The first n lanes (0 < n <= W); the others read 0.
 INLINE F load_first(const float* p, int n) {
   if (n >= W) return load(p);
@@ -67,9 +89,22 @@ INLINE F load_first(const float* p, int n) {
   return v;
 }
 
+INLINE F load_first(const Bf16* p, int n) {
+  if (n >= W) return load(p);
+  H v = {};
+  memcpy(&v, p, 2 * n);
+  return widen(v);
+}
+
 INLINE void store_first(float* p, F v, int n) {
   if (n >= W) return store(p, v);
   memcpy(p, &v, 4 * n);
+}
+
+INLINE void store_first(Bf16* p, F v, int n) {
+  if (n >= W) return store(p, v);
+  const H rounded = narrow(v);
+  memcpy(p, &rounded, 2 * n);
 }
 
 // A scalar from memory into all lanes. The barrier keeps the load from being folded into each
