@@ -1,5 +1,5 @@
 // The CPU kernels without Python: every function of the C interface, on each instruction set of the
-// machine, against plain loops in double precision.
+// machine, for float and for bfloat16 tensors, against plain loops in double precision.
 //
 // Every tensor is a heap block of exactly its size, every output begins as NaN, and every call runs on
 // a thread of its own, whose scratch is made for it alone: under AddressSanitizer, to read or write one
@@ -17,18 +17,44 @@ namespace {
 
 using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
+template <class S>
+using Stored = std::vector<S>;  // float or Bf16
 
 constexpr int64_t SEED = 0x123456789ABCDEF;
 std::mt19937 engine(1);
 
-Floats normals(size_t n) {
+float value(float x) { return x; }
+
+float value(Bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float wide;
+  memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+template <class S>
+S cut(float x);  // toward zero
+
+template <>
+float cut(float x) { return x; }
+
+template <>
+Bf16 cut(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return {(uint16_t)(bits >> 16)};
+}
+
+template <class S = float>
+Stored<S> normals(size_t n) {
   std::normal_distribution<float> normal;
-  Floats x(n);
-  for (float& value : x) value = normal(engine);
+  Stored<S> x(n);
+  for (S& each : x) each = cut<S>(normal(engine));
   return x;
 }
 
-Floats unwritten(size_t n) { return Floats(n, NAN); }
+template <class S = float>
+Stored<S> unwritten(size_t n) { return Stored<S>(n, cut<S>(NAN)); }
 
 template <class Call>
 void apart(Call call) {
@@ -41,18 +67,21 @@ void apart(Call call) {
 }
 
 int checks = 0;
-std::string about;
+std::string set_name, about;
 
-void compare(const char* name, const Floats& got, const Doubles& expected) {
+// Arithmetic is float's; a Bf16 is off by its own rounding besides, and by no other.
+template <class S>
+void compare(const char* name, const Stored<S>& got, const Doubles& expected) {
+  const double allowed = 1e-5 + (sizeof(S) == 2 ? 1.0 / 256 : 0);
   double largest = 1, error = 0;
   for (double x : expected) largest = std::max(largest, fabs(x));
   for (size_t i = 0; i < expected.size(); i++) {
-    const double off = fabs(got[i] - expected[i]);
+    const double off = fabs(value(got[i]) - expected[i]);
     if (!(off <= error)) error = off;  // NaN is an error too
     if (isnan(off)) break;
   }
   checks++;
-  if (error <= 1e-5 * largest) return;
+  if (error <= allowed * largest) return;
   printf("%s: %s is %g off, its largest value is %g\n", about.c_str(), name, error, largest);
   exit(1);
 }
@@ -74,6 +103,7 @@ double factor(uint32_t threshold, uint32_t k, uint32_t c1, uint32_t c2, uint32_t
 
 // ---- attention -----------------------------------------------------------------------------------
 
+template <class S>
 void attention(const std::vector<int32_t>& lens, int64_t heads, int64_t dim, bool causal,
                uint32_t threshold) {
   std::vector<int32_t> starts;
@@ -81,21 +111,22 @@ void attention(const std::vector<int32_t>& lens, int64_t heads, int64_t dim, boo
   for (int32_t n : lens) starts.push_back((int32_t)++rows), rows += n;  // a dead row before each
   const size_t size = rows * heads * dim;
   const float scale = 1 / sqrtf((float)dim);
-  Floats q = normals(size), k = normals(size), v = normals(size), dout = normals(size);
+  Stored<S> q = normals<S>(size), k = normals<S>(size), v = normals<S>(size), dout = normals<S>(size);
   for (int32_t start : starts)
-    for (Floats* x : {&q, &k, &v, &dout})
-      std::fill_n(x->begin() + (start - 1) * heads * dim, heads * dim, NAN);
-  Floats out = unwritten(size), dq = out, dk = out, dv = out, lse = unwritten(heads * rows);
+    for (Stored<S>* x : {&q, &k, &v, &dout})
+      std::fill_n(x->begin() + (start - 1) * heads * dim, heads * dim, cut<S>(NAN));
+  Stored<S> out = unwritten<S>(size), dq = out, dk = out, dv = out;
+  Floats lse = unwritten(heads * rows);
 
-  auto view = [&](Floats& x) { return View<float>{x.data(), heads * dim, dim}; };
+  auto view = [&](Stored<S>& x) { return View<void>{x.data(), heads * dim, dim}; };
   const Tensors t = {view(q), view(k), view(v), view(out), view(dout), view(dq), view(dk), view(dv)};
   apart([&] {
-    return fasttx_attention_forward(&t, lse.data(), starts.data(), lens.data(), lens.size(), rows, heads,
-                                    dim, scale, causal, SEED, threshold, 1);
+    return fasttx_attention_forward(sizeof(S) == 2, &t, lse.data(), starts.data(), lens.data(),
+                                    lens.size(), rows, heads, dim, scale, causal, SEED, threshold, 1);
   });
   apart([&] {
-    return fasttx_attention_backward(&t, lse.data(), starts.data(), lens.data(), lens.size(), rows, heads,
-                                     dim, scale, causal, SEED, threshold, 1);
+    return fasttx_attention_backward(sizeof(S) == 2, &t, lse.data(), starts.data(), lens.data(),
+                                     lens.size(), rows, heads, dim, scale, causal, SEED, threshold, 1);
   });
 
   Doubles o(size), gq(size), gk(size), gv(size);
@@ -103,27 +134,27 @@ void attention(const std::vector<int32_t>& lens, int64_t heads, int64_t dim, boo
     for (int64_t h = 0; h < heads; h++)
       for (int64_t i = 0; i < lens[s]; i++) {
         auto at = [&](int64_t r) { return ((starts[s] + r) * heads + h) * dim; };
-        auto dot = [&](const Floats& x, int64_t r, const Floats& y, int64_t c) {
+        auto dot = [&](const Stored<S>& x, int64_t r, const Stored<S>& y, int64_t c) {
           double sum = 0;
-          for (int64_t d = 0; d < dim; d++) sum += (double)x[at(r) + d] * y[at(c) + d];
+          for (int64_t d = 0; d < dim; d++) sum += (double)value(x[at(r) + d]) * value(y[at(c) + d]);
           return sum;
         };
         const int64_t keys = causal ? i + 1 : lens[s];
         Doubles p(keys), m(keys);
-        double total = 0, delta = 0;
+        const double delta = dot(dout, i, out, i);  // the sum of p m dP, out as it was stored
+        double total = 0;
         for (int64_t j = 0; j < keys; j++) total += p[j] = exp(dot(q, i, k, j) * scale);
         for (int64_t j = 0; j < keys; j++) {
           p[j] /= total;
           m[j] = factor(threshold, j, i, h, s);
-          delta += p[j] * m[j] * dot(dout, i, v, j);
         }
         for (int64_t j = 0; j < keys; j++) {
           const double ds = p[j] * (m[j] * dot(dout, i, v, j) - delta) * scale;
           for (int64_t d = 0; d < dim; d++) {
-            o[at(i) + d] += p[j] * m[j] * v[at(j) + d];
-            gv[at(j) + d] += p[j] * m[j] * dout[at(i) + d];
-            gq[at(i) + d] += ds * k[at(j) + d];
-            gk[at(j) + d] += ds * q[at(i) + d];
+            o[at(i) + d] += p[j] * m[j] * value(v[at(j) + d]);
+            gv[at(j) + d] += p[j] * m[j] * value(dout[at(i) + d]);
+            gq[at(i) + d] += ds * value(k[at(j) + d]);
+            gk[at(j) + d] += ds * value(q[at(i) + d]);
           }
         }
       }
@@ -135,21 +166,23 @@ void attention(const std::vector<int32_t>& lens, int64_t heads, int64_t dim, boo
 
 // ---- row operations ------------------------------------------------------------------------------
 
+template <class S>
 void add_norm(int64_t rows, int64_t columns, uint32_t threshold) {
   const size_t size = rows * columns;
-  Floats h = normals(size), y = normals(size), bias = normals(columns), gamma = normals(columns),
-         beta = normals(columns), dsum = normals(size), dnormed = normals(size);
-  Floats sum = unwritten(size), normed = sum, dh = sum, dy = sum, mean = unwritten(rows), rstd = mean,
+  Floats h = normals(size), bias = normals(columns), gamma = normals(columns), beta = normals(columns),
+         dsum = normals(size);
+  Stored<S> y = normals<S>(size), dnormed = normals<S>(size), normed = unwritten<S>(size), dy = normed;
+  Floats sum = unwritten(size), dh = sum, mean = unwritten(rows), rstd = mean,
          dgamma = unwritten(columns), dbeta = dgamma, dbias = dgamma;
   apart([&] {
-    return fasttx_add_norm_forward(h.data(), y.data(), bias.data(), gamma.data(), beta.data(), sum.data(),
-                                   normed.data(), mean.data(), rstd.data(), rows, columns, 1e-5f, SEED,
-                                   threshold, 1);
+    return fasttx_add_norm_forward(sizeof(S) == 2, h.data(), y.data(), bias.data(), gamma.data(),
+                                   beta.data(), sum.data(), normed.data(), mean.data(), rstd.data(), rows,
+                                   columns, 1e-5f, SEED, threshold, 1);
   });
   apart([&] {
-    return fasttx_add_norm_backward(sum.data(), gamma.data(), mean.data(), rstd.data(), dsum.data(),
-                                    dnormed.data(), dh.data(), dy.data(), dgamma.data(), dbeta.data(),
-                                    dbias.data(), rows, columns, SEED, threshold, 1);
+    return fasttx_add_norm_backward(sizeof(S) == 2, sum.data(), gamma.data(), mean.data(), rstd.data(),
+                                    dsum.data(), dnormed.data(), dh.data(), dy.data(), dgamma.data(),
+                                    dbeta.data(), dbias.data(), rows, columns, SEED, threshold, 1);
   });
 
   Doubles s(size), n(size), gh(size), gy(size), ggamma(columns), gbeta(columns), gbias(columns);
@@ -157,21 +190,21 @@ void add_norm(int64_t rows, int64_t columns, uint32_t threshold) {
     const int64_t at = r * columns;
     double average = 0, variance = 0, along = 0, across = 0;
     for (int64_t c = 0; c < columns; c++) {
-      s[at + c] = h[at + c] + ((double)y[at + c] + bias[c]) * factor(threshold, c, r, 0, 0);
+      s[at + c] = h[at + c] + ((double)value(y[at + c]) + bias[c]) * factor(threshold, c, r, 0, 0);
       average += s[at + c] / columns;
     }
     for (int64_t c = 0; c < columns; c++) variance += pow(s[at + c] - average, 2) / columns;
     const double inverse = 1 / sqrt(variance + 1e-5);
     for (int64_t c = 0; c < columns; c++) {
-      const double x = (s[at + c] - average) * inverse, g = (double)dnormed[at + c] * gamma[c];
+      const double x = (s[at + c] - average) * inverse, dn = value(dnormed[at + c]), g = dn * gamma[c];
       n[at + c] = x * gamma[c] + beta[c];
-      ggamma[c] += dnormed[at + c] * x;
-      gbeta[c] += dnormed[at + c];
+      ggamma[c] += dn * x;
+      gbeta[c] += dn;
       across += g / columns;
       along += g * x / columns;
     }
     for (int64_t c = 0; c < columns; c++) {
-      const double x = (s[at + c] - average) * inverse, g = (double)dnormed[at + c] * gamma[c];
+      const double x = (s[at + c] - average) * inverse, g = (double)value(dnormed[at + c]) * gamma[c];
       gh[at + c] = (g - across - x * along) * inverse + dsum[at + c];
       gy[at + c] = gh[at + c] * factor(threshold, c, r, 0, 0);
       gbias[c] += gy[at + c];
@@ -186,27 +219,29 @@ void add_norm(int64_t rows, int64_t columns, uint32_t threshold) {
   compare("dbias", dbias, gbias);
 }
 
+template <class S>
 void bias_act(int64_t rows, int64_t columns, bool gelu, uint32_t threshold) {
   const size_t size = rows * columns;
-  Floats u = normals(size), bias = normals(columns), dout = normals(size);
-  Floats out = unwritten(size), du = out, dbias = unwritten(columns);
+  Stored<S> u = normals<S>(size), dout = normals<S>(size), out = unwritten<S>(size), du = out;
+  Floats bias = normals(columns), dbias = unwritten(columns);
   apart([&] {
-    return fasttx_bias_act_forward(u.data(), bias.data(), out.data(), rows, columns, gelu, SEED, threshold,
-                                   1);
+    return fasttx_bias_act_forward(sizeof(S) == 2, u.data(), bias.data(), out.data(), rows, columns, gelu,
+                                   SEED, threshold, 1);
   });
   apart([&] {
-    return fasttx_bias_act_backward(gelu ? u.data() : nullptr, gelu ? bias.data() : nullptr,
+    return fasttx_bias_act_backward(sizeof(S) == 2, gelu ? u.data() : nullptr, gelu ? bias.data() : nullptr,
                                     gelu ? nullptr : out.data(), dout.data(), du.data(), dbias.data(), rows,
                                     columns, gelu, SEED, threshold, 1);
   });
 
   Doubles o(size), g(size), gbias(columns);
   for (size_t i = 0; i < size; i++) {
-    const double x = u[i] + bias[i % columns], m = factor(threshold, i % columns, i / columns, 0, 0);
+    const double x = (double)value(u[i]) + bias[i % columns];
+    const double m = factor(threshold, i % columns, i / columns, 0, 0);
     const double cdf = gelu ? 0.5 * erfc(-x / sqrt(2.0)) : x > 0;
     const double slope = gelu ? cdf + x * exp(-x * x / 2) / sqrt(2 * M_PI) : cdf;
     o[i] = x * cdf * m;
-    g[i] = dout[i] * slope * m;
+    g[i] = value(dout[i]) * slope * m;
     gbias[i % columns] += g[i];
   }
   compare("out", out, o);
@@ -244,6 +279,60 @@ void embed(int64_t rows, int64_t columns, uint32_t threshold) {
   compare("dtable", dtable, g);
 }
 
+// Bf16 is the nearest there is, ties to even; infinity and NaN stay what they are.
+void rounding() {
+  const struct { uint32_t bits; uint16_t rounded; } cases[] = {
+      {0x3F800000, 0x3F80}, {0x3F807FFF, 0x3F80}, {0x3F808000, 0x3F80}, {0x3F808001, 0x3F81},
+      {0x3F818000, 0x3F82}, {0xBF818000, 0xBF82}, {0x3FFFFFFF, 0x4000}, {0x7F7FFFFF, 0x7F80},
+      {0x7F7F7FFF, 0x7F7F}, {0x7F800000, 0x7F80}, {0xFF800000, 0xFF80}, {0x80000001, 0x8000},
+      {0x7FC00000, 0x7FC0}, {0x7FFFFFFF, 0x7FFF}, {0xFFFFFFFF, 0xFFFF}, {0x7F800001, 0x7FC0},
+      {0x00007FFF, 0x0000}, {0x00008001, 0x0001}, {0x00018000, 0x0002}};
+  // Where gamma is 0, beta comes out of add_norm as it is.
+  const int64_t columns = std::size(cases);
+  Floats h = normals(columns), zero(columns), beta(columns), sum(columns), mean(1), rstd(1);
+  Stored<Bf16> y = normals<Bf16>(columns), normed = unwritten<Bf16>(columns);
+  for (int64_t c = 0; c < columns; c++) memcpy(&beta[c], &cases[c].bits, 4);
+  apart([&] {
+    return fasttx_add_norm_forward(1, h.data(), y.data(), zero.data(), zero.data(), beta.data(), sum.data(),
+                                   normed.data(), mean.data(), rstd.data(), 1, columns, 1e-5f, 0, 0, 1);
+  });
+  for (int64_t c = 0; c < columns; c++)
+    if (normed[c].bits != cases[c].rounded) {
+      printf("%s: %08x became %04x, not %04x\n", about.c_str(), cases[c].bits, normed[c].bits,
+             cases[c].rounded);
+      exit(1);
+    }
+  checks++;
+}
+
+template <class S>
+void every_operation() {
+  const std::string stored = sizeof(S) == 2 ? " bfloat16 " : " float32 ";
+  for (uint32_t threshold : {0u, 6554u, 65536u}) {
+    auto name = [&](const char* op, int64_t a, int64_t b) {
+      about = set_name + stored + op + " " + std::to_string(a) + " " + std::to_string(b) + " threshold " +
+              std::to_string(threshold);
+    };
+    for (int64_t dim : {1, 8, 13, 16, 20, 32, 50, 64, 100, 128})
+      for (bool causal : {false, true}) {
+        name(causal ? "causal attention" : "attention", 2, dim);
+        attention<S>({1, 17, 0, 50, 33}, 2, dim, causal, threshold);
+      }
+    for (bool causal : {false, true}) {
+      name(causal ? "causal attention" : "attention", 1, 12);
+      attention<S>({511, 7, 514}, 1, 12, causal, threshold);
+    }
+    for (int64_t columns : {1, 3, 8, 13, 16, 17, 31, 33, 100})
+      for (int64_t rows : {1, 21, 530}) {
+        name("rows", rows, columns);
+        if (columns > 1) add_norm<S>(rows, columns, threshold);
+        bias_act<S>(rows, columns, false, threshold);
+        bias_act<S>(rows, columns, true, threshold);
+        if (sizeof(S) == 4) embed(rows, columns, threshold);
+      }
+  }
+}
+
 void masks() {
   for (int blocks : {1, 3, 16, 37}) {
     std::vector<uint8_t> bytes(5 * blocks);
@@ -262,33 +351,15 @@ void masks() {
 
 int main() {
   for (const Kernels* const* set = supported(); *set; set++) {
-    fasttx_choose((*set)->name);
+    set_name = (*set)->name;
+    fasttx_choose(set_name.c_str());
     checks = 0;
-    about = std::string((*set)->name) + " masks";
+    about = set_name + " masks";
     masks();
-    for (uint32_t threshold : {0u, 6554u, 65536u}) {
-      auto name = [&](const char* op, int64_t a, int64_t b) {
-        about = std::string((*set)->name) + " " + op + " " + std::to_string(a) + " " + std::to_string(b) +
-                " threshold " + std::to_string(threshold);
-      };
-      for (int64_t dim : {1, 8, 13, 16, 20, 32, 50, 64, 100, 128})
-        for (bool causal : {false, true}) {
-          name(causal ? "causal attention" : "attention", 2, dim);
-          attention({1, 17, 0, 50, 33}, 2, dim, causal, threshold);
-        }
-      for (bool causal : {false, true}) {
-        name(causal ? "causal attention" : "attention", 1, 12);
-        attention({511, 7, 514}, 1, 12, causal, threshold);
-      }
-      for (int64_t columns : {1, 3, 8, 13, 16, 17, 31, 33, 100})
-        for (int64_t rows : {1, 21, 530}) {
-          name("rows", rows, columns);
-          if (columns > 1) add_norm(rows, columns, threshold);
-          bias_act(rows, columns, false, threshold);
-          bias_act(rows, columns, true, threshold);
-          embed(rows, columns, threshold);
-        }
-    }
-    printf("%s: %d checks\n", (*set)->name, checks);
+    about = set_name + " rounding";
+    rounding();
+    every_operation<float>();
+    every_operation<Bf16>();
+    printf("%s: %d checks\n", set_name.c_str(), checks);
   }
 }

@@ -1,10 +1,10 @@
 """Fused attention and row operations on the CPU: the C++ of `kernels/cpu` as torch operators.
 
-T rows, B sequences, H heads, D head_dim. The kernels compute in float32. What linear layers produce
-and consume, and its gradient, they read and write as float32 or bfloat16; the residual stream,
-vectors, tables and log-sum-exps are float32. Under autocast to bfloat16 nothing is copied: `add_norm`
-writes n as the next linear layer reads it. Other dtypes are widened on the way in and rounded on the
-way out.
+T rows, B sequences, H heads, D head_dim. The kernels compute in float32. What linear layers hand in
+and take (qkv, out, y, n, u), and its gradient, they read and write as float32 or bfloat16; the
+residual stream, vectors, tables and log-sum-exps are float32. So under autocast to bfloat16 nothing
+is copied: `add_norm` writes n in y's dtype, as the next linear layer wants it. Any other tensor is
+widened on the way in, and what comes of it rounded on the way out.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ def _attention(
     starts, lens = starts.to(torch.int32).contiguous(), lens.to(torch.int32).contiguous()
     rows, heads, head_dim = tensors["q"].shape
     _call(
-        name, _is_bfloat16(tensors["q"]), ctypes.byref(views), lse.data_ptr(), starts.data_ptr(), lens.data_ptr(), len(lens),
-        rows, heads, head_dim, scale, causal, _seed(seed), threshold,
+        name, _is_bfloat16(tensors["q"]), ctypes.byref(views),
+        *_addresses(lse, starts, lens), len(lens), rows, heads, head_dim, scale, causal,
+        _seed(seed), threshold,
     )  # fmt: skip
 
 
@@ -174,7 +175,8 @@ def _add_norm_forward(
     total, normed, mean, rstd = _fake_add_norm(h, y, bias, gamma, beta, seed, threshold)
     _call(
         "add_norm_forward", _is_bfloat16(y),
-        *_addresses(h, y, bias, gamma, beta, total, normed, mean, rstd), *h.shape, LAYER_NORM_EPS, _seed(seed), threshold,
+        *_addresses(h, y, bias, gamma, beta, total, normed, mean, rstd), *h.shape,
+        LAYER_NORM_EPS, _seed(seed), threshold,
     )  # fmt: skip
     return total, normed, mean, rstd
 
@@ -189,7 +191,8 @@ def _add_norm_backward(
     written = _fake_add_norm_backward(dsum, dnormed, total, gamma, mean, rstd, seed, threshold)
     _call(
         "add_norm_backward", _is_bfloat16(dnormed),
-        *_addresses(total, gamma, mean, rstd, dsum, dnormed, *written), *total.shape, _seed(seed), threshold,
+        *_addresses(total, gamma, mean, rstd, dsum, dnormed, *written), *total.shape,
+        _seed(seed), threshold,
     )  # fmt: skip
     return written
 

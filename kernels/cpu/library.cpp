@@ -1,9 +1,7 @@
 // The C interface: picks an instruction set, checks spans, shares work out among threads.
 //
 // Every function returns 0, or the number of the first sequence (from 1) whose span is wrong, or
-// NO_MEMORY. Threads come from the OpenMP runtime that the caller names with `fasttx_use_threads`:
-// torch's own, since a second pool in one process costs a scheduler's slice a call.
-#include <stdlib.h>
+// NO_MEMORY. `bfloat16` says how what is given as void is stored: as Bf16, or else as float.
 #include <string.h>
 
 #include <algorithm>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "threads.h"
 
 #if defined(_WIN32)
 #define API extern "C" __declspec(dllexport)
@@ -29,7 +28,6 @@ extern const Kernels fasttx_kernels_baseline;
 
 namespace {
 
-constexpr int64_t NO_MEMORY = -1;
 constexpr int64_t ROW_SHARE = 64;       // rows a thread takes at a time
 constexpr int64_t PARTIAL_SHARE = 512;  // rows whose sums are added up together
 constexpr int64_t QUERY_SHARE = 512;    // queries a thread takes at a time, of one sequence and head
@@ -66,71 +64,7 @@ const Kernels& kernels() {
   return k ? *k : *supported()[0];
 }
 
-// ---- threads -------------------------------------------------------------------------------------
-
-using Body = void (*)(void*);
-using GompParallel = void (*)(Body, void*, unsigned threads, unsigned flags);
-using KmpFork = void (*)(void* location, int arguments, void (*task)(int*, int*, void*, void*), ...);
-using KmpPushThreads = void (*)(void* location, int thread, int threads);
-using KmpThread = int (*)(void* location);
-
-GompParallel gomp_parallel = nullptr;
-KmpFork kmp_fork = nullptr;
-KmpPushThreads kmp_push_threads = nullptr;
-KmpThread kmp_thread = nullptr;
-
-void kmp_task(int*, int*, void* body, void* context) { reinterpret_cast<Body>(body)(context); }
-
-void on_threads(int threads, Body body, void* context) {
-  if (threads > 1 && gomp_parallel) return gomp_parallel(body, context, (unsigned)threads, 0);
-  if (threads > 1 && kmp_fork) {
-    static struct { int reserved1, flags, reserved2, reserved3; const char* source; } location = {
-        0, 2, 0, 0, ";fasttx;on_threads;0;0;;"};
-    kmp_push_threads(&location, kmp_thread(&location), threads);
-    return kmp_fork(&location, 2, kmp_task, reinterpret_cast<void*>(body), context);
-  }
-  body(context);
-}
-
-// Scratch that a thread keeps for its next call.
-struct Room {
-  char* data = nullptr;
-  size_t size = 0;
-
-  char* of(size_t bytes) {
-    if (bytes > size) {
-      free(data);
-      size = 0;
-      if (posix_memalign(reinterpret_cast<void**>(&data), 4096, bytes)) data = nullptr;
-      if (data) size = bytes;
-    }
-    return data;
-  }
-  ~Room() { free(data); }
-};
-thread_local Room room;
-
-// work(item, scratch) for every item, each taken by the next free thread. Returns 0 or NO_MEMORY.
-template <class Work>
-int64_t share_out(int threads, int64_t items, size_t scratch, const Work& work) {
-  struct Context {
-    const Work& work;
-    int64_t items;
-    size_t scratch;
-    std::atomic<int64_t> next;
-    std::atomic<bool> failed;
-  } context{work, items, scratch, {0}, {false}};
-  on_threads((int)std::min<int64_t>(threads, items), [](void* given) {
-    Context& c = *static_cast<Context*>(given);
-    char* space = room.of(c.scratch);
-    if (!space) {
-      c.failed = true;
-      return;
-    }
-    for (int64_t i; (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.items;) c.work(i, space);
-  }, &context);
-  return context.failed ? NO_MEMORY : 0;
-}
+// ---- shares --------------------------------------------------------------------------------------
 
 int64_t shares(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -244,12 +178,13 @@ API void fasttx_use_threads(void* gomp, void* fork, void* push_threads, void* th
   kmp_thread = reinterpret_cast<KmpThread>(thread);
 }
 
-// work(kernels) of the type that tensors of linear layers are stored in.
+// work(kernels), those for tensors that are stored like this.
 template <class Work>
 static int64_t in_storage(int bfloat16, const Work& work) {
   return bfloat16 ? work(kernels().bfloat16) : work(kernels().float32);
 }
 
+// For decltype: what the tensors of these kernels hold.
 template <class S>
 S storage_of(const StorageKernels<S>&);
 
