@@ -153,7 +153,7 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildCpuKernels, "bdist_wheel": PlatformWheel},
-    packages=["fasttx", "fasttx.attention", "fasttx.kernels", *leaves],
+    packages=["fasttx", "fasttx.attention", "fasttx.kernels", "fasttx.reporting", *leaves],
     package_dir=leaves,
     package_data={
         "fasttx": ["py.typed"],

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from fasttx import device as devices
-from fasttx import explain, flags, html_report, pretrain
+from fasttx import flags, pretrain
 from fasttx.attention.registry import BACKENDS, BackendUnavailableError, resolve_name
 from fasttx.checkpoint import CheckpointError
 from fasttx.config import RECIPES, ConfigError, ModelConfig, TrainConfig
 from fasttx.data import DataError
-from fasttx.plots import PlotsError
+from fasttx.reporting import explain, html_report
+from fasttx.reporting.plots import PlotsError
 from fasttx.tokenizer import TokenizerError
 from fasttx.trainer import DivergedError
 from fasttx.version import __version__

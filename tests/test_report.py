@@ -18,17 +18,18 @@ import pytest
 import torch
 
 import fasttx
-from fasttx import attributions, cli, data, explain, findings, html_report, plots, runs
+from fasttx import cli, data, runs
 from fasttx.checkpoint import CheckpointError, RunFolder
 from fasttx.config import ModelConfig, TrainConfig
 from fasttx.distributed import Processes
-from fasttx.escaping import escaped, printable
-from fasttx.finished import open_run
 from fasttx.metrics import classification_metrics
 from fasttx.model import TransformerClassifier
 from fasttx.packing import pack
 from fasttx.predictions import Predictions
 from fasttx.report import time_to_accuracy
+from fasttx.reporting import attributions, explain, findings, html_report, plots
+from fasttx.reporting.escaping import escaped, printable
+from fasttx.reporting.finished import open_run
 from fasttx.tokenizer import UNK_ID
 
 # A script, a stylesheet's end, matplotlib's mathematics, a terminal's escape, right to left.

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fasttx.escaping import escaped, printable
-from fasttx.findings import LengthBins, Reliability, wilson
 from fasttx.metrics import Metrics
+from fasttx.reporting.escaping import escaped, printable
+from fasttx.reporting.findings import LengthBins, Reliability, wilson
 
 # matplotlib's, which is imported when there is something to draw.
 Axes: TypeAlias = Any

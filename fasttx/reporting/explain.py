@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttx import classifier, page, plots
-from fasttx.attributions import Explanation, explain
+from fasttx import classifier
 from fasttx.data import DataError
-from fasttx.escaping import escaped, printable
-from fasttx.findings import percent
+from fasttx.reporting import page, plots
+from fasttx.reporting.attributions import Explanation, explain
+from fasttx.reporting.escaping import escaped, printable
+from fasttx.reporting.findings import percent
 
 ATTRIBUTION_NOTE = (
     "Shades and numbers are integrated gradients (Sundararajan et al., 2017), in logits: what each "

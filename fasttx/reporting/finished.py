@@ -12,9 +12,9 @@ import numpy as np
 from fasttx import classifier, runs
 from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder, read_json
 from fasttx.data import DataError, TextDataset
-from fasttx.findings import percent
 from fasttx.metrics import Metrics
 from fasttx.predictions import Predictions
+from fasttx.reporting.findings import percent
 from fasttx.token_cache import encode_cached
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fasttx.checkpoint import CheckpointError
-from fasttx.escaping import escaped
 from fasttx.files import atomic_write, write_text_atomic
-from fasttx.plots import Picture
+from fasttx.reporting.escaping import escaped
+from fasttx.reporting.plots import Picture
 
 CSS = """\
 :root { color-scheme: light dark;

@@ -1,0 +1,1 @@
+"""Looking at a finished run: `fasttx report`, and `fasttx explain` for one text."""
