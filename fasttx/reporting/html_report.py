@@ -51,7 +51,7 @@ def build(run: FinishedRun) -> tuple[str, dict[str, plots.Picture]]:
     if run.predictions is not None:
         _calibration(out, run.predictions)
         if run.texts is not None and run.lengths is not None:
-            _lengths(out, run.predictions, run.lengths, run.config.train.model.max_len)
+            _lengths(out, run.predictions, run.lengths, run.config.train)
             _texts(out, run, run.predictions, run.texts, run.lengths)
     _throughput(out, run)
     _configuration(out, run)
@@ -157,13 +157,16 @@ def _calibration(out: Pages, predictions: Predictions) -> None:
     out.add("calibration", "Reliability", heading, page.figure(drawn, caption, "22rem", "40rem"))
 
 
-def _lengths(out: Pages, predictions: Predictions, lengths: np.ndarray, limit: int) -> None:
+def _lengths(
+    out: Pages, predictions: Predictions, lengths: np.ndarray, config: TrainConfig
+) -> None:
     heading = findings.length_sentence(lengths, predictions.correct)
     drawn = out.draw("accuracy-by-length", heading, plots.accuracy_by_length,
-                     findings.by_length(lengths, predictions.correct), limit)  # fmt: skip
+                     findings.by_length(lengths, predictions.correct), config.model.max_len,
+                     "one window" if config.long_texts == "windows" else "what is read")  # fmt: skip
     caption = (
-        "Bins of about equally many texts, by words (punctuation marks count as words), before "
-        "truncation; bars are 95 % Wilson intervals."
+        "Bins of about equally many texts, by words of the whole text (punctuation marks "
+        "count as words); bars are 95 % Wilson intervals."
     )
     out.add("length", "Accuracy by length", heading, page.figure(drawn, caption))
 

@@ -213,8 +213,8 @@ def reliability_diagram(found: Reliability) -> Figure:
     return figure
 
 
-def accuracy_by_length(bins: LengthBins, limit: int) -> Figure:
-    """With Wilson intervals of 95 %; `limit` is what the model reads of a text, in words."""
+def accuracy_by_length(bins: LengthBins, limit: int, of: str = "what is read") -> Figure:
+    """With Wilson intervals of 95 %; `limit` is how many words that `of` holds."""
     figure = _figure(9, 3.2)
     axes = figure.subplots()
     places = np.arange(len(bins.count))
@@ -228,7 +228,7 @@ def accuracy_by_length(bins: LengthBins, limit: int) -> Figure:
     cut = int(np.searchsorted(bins.longest, limit, side="right"))  # the first bin with longer ones
     if cut < len(places):
         axes.axvspan(cut - 0.5, places[-1] + 0.5, color=GREY, alpha=0.12, lw=0)
-        axes.annotate(f"longer than the {limit} words that are read", (cut - 0.5, 1.02),
+        axes.annotate(f"longer than {of}: {limit} words", (cut - 0.5, 1.02),
                       xycoords=("data", "axes fraction"), color=GREY, fontsize=8)  # fmt: skip
     labels = [
         (f"{a:,}" if a == b else f"{a:,}-{b:,}") + f"\nn = {n:,}"
