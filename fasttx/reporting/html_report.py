@@ -161,9 +161,9 @@ def _lengths(
     out: Pages, predictions: Predictions, lengths: np.ndarray, config: TrainConfig
 ) -> None:
     heading = findings.length_sentence(lengths, predictions.correct)
+    of = "one window" if config.long_texts == "windows" else "what is read"
     drawn = out.draw("accuracy-by-length", heading, plots.accuracy_by_length,
-                     findings.by_length(lengths, predictions.correct), config.model.max_len,
-                     "one window" if config.long_texts == "windows" else "what is read")  # fmt: skip
+                     findings.by_length(lengths, predictions.correct), config.model.max_len, of)  # fmt: skip
     caption = (
         "Bins of about equally many texts, by words of the whole text (punctuation marks "
         "count as words); bars are 95 % Wilson intervals."
