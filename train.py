@@ -6,11 +6,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from fasttx import cli, data, distributed, metrics, report, runs
-from fasttx.checkpoint import CLASSIFICATION, RunConfig, RunFolder
+from fasttx.checkpoint import CLASSIFICATION, RunConfig, RunFolder, load_encoder
 from fasttx.files import write_json_atomic
 from fasttx.model import TransformerClassifier
 from fasttx.predictions import Predictions
@@ -68,8 +69,9 @@ def train(run: runs.Run, processes: distributed.Processes) -> int:
     model = TransformerClassifier.from_config(
         replace(config.model, attn_backend=run.config.attn_backend)
     ).to(run.device)
-    if not run.folder.last.exists():
-        run.first_weights(model)
+    if config.init_from and not run.folder.last.exists():
+        log.info("encoder    starts from %s", config.init_from)
+        load_encoder(model, RunFolder(Path(config.init_from)).best_model)
     trainer = Trainer(model, run.config, run.folder, run.device, processes)
     if trainer.restore():
         at = trainer.progress

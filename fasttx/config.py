@@ -162,9 +162,6 @@ class TrainConfig:
         0.0, "share of training words replaced by <UNK>", group="optimisation"
     )
 
-    word_vectors: bool = setting(
-        False, "start from word vectors of the training texts (PPMI and SVD)", group="run"
-    )
     init_from: str | None = setting(
         None, "run folder whose tokenizer and encoder weights to start from", group="run"
     )
@@ -200,12 +197,6 @@ class TrainConfig:
             raise ConfigError(
                 f"weight_decay is {self.weight_decay} with optimizer adam, where it would be added "
                 "to the gradients and swamp them; use adamw, or weight_decay 0"
-            )
-
-        if self.init_from and self.word_vectors:
-            raise ConfigError(
-                f"init_from is {self.init_from!r} and word_vectors is set: both give the token "
-                "embedding its first values; use one of them"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -116,13 +116,6 @@ class Encoder(nn.Module):
             if isinstance(module, nn.Linear | nn.LayerNorm):
                 module.reset_parameters()
 
-    @torch.no_grad()
-    def set_word_vectors(self, vectors: Tensor) -> None:
-        """Token embeddings from `vectors` (vocab_size, d_model) of root mean square 1, at the size
-        that they have in `reset_parameters`; <PAD> 0."""
-        self.embedding.copy_(vectors * (0.32 / math.sqrt(self.config.d_model)))
-        self.embedding[0].zero_()
-
     def _resolve_backend(self) -> None:
         weight = self.embedding
         head_dim = self.config.d_model // self.config.num_heads

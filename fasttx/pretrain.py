@@ -26,7 +26,6 @@ from fasttx.packing import PackedBatch, pack
 from fasttx.token_cache import encode_cached
 from fasttx.tokenizer import Tokenizer
 from fasttx.trainer import Examples, Interrupted, Trainer
-from fasttx.word_vectors import word_vectors
 
 log = logging.getLogger("fasttx")
 
@@ -196,9 +195,6 @@ def _train(opened: _Open, processes: distributed.Processes) -> int:
     model = MaskedLanguageModel(replace(config.model, attn_backend=opened.run.attn_backend)).to(
         opened.device
     )
-    if config.word_vectors and not opened.folder.last.exists():
-        size = config.model.vocab_size, config.model.d_model
-        model.set_word_vectors(word_vectors(opened.train.ids, *size, config.seed))
     trainer = MaskedTrainer(model, opened.run, opened.folder, opened.device, processes)
     if trainer.restore():
         at = trainer.progress

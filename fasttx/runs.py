@@ -13,16 +13,14 @@ import torch
 from fasttx import data
 from fasttx import device as devices
 from fasttx.attention import registry
-from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder, load_encoder
+from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder
 from fasttx.classifier import read
 from fasttx.config import ConfigError, TrainConfig
 from fasttx.distributed import Processes
-from fasttx.model import TransformerClassifier
 from fasttx.packing import RaggedIds
 from fasttx.token_cache import encode_cached
 from fasttx.tokenizer import Tokenizer
 from fasttx.trainer import Examples
-from fasttx.word_vectors import word_vectors
 
 log = logging.getLogger("fasttx")
 
@@ -38,18 +36,6 @@ class Run:
     train: Examples
     validation: Examples
     test: Examples
-    train_ids: RaggedIds  # the training texts in full
-
-    def first_weights(self, model: TransformerClassifier) -> None:
-        """What the settings say that a new run starts from, beside random weights."""
-        config = self.config.train
-        if config.word_vectors:
-            log.info("embedding  starts from word vectors of the training texts")
-            size = config.model.vocab_size, config.model.d_model
-            model.set_word_vectors(word_vectors(self.train_ids, *size, config.seed))
-        if config.init_from:
-            log.info("encoder    starts from %s", config.init_from)
-            load_encoder(model, RunFolder(Path(config.init_from)).best_model)
 
 
 def _describe(dataset: data.TextDataset) -> dict[str, object]:
@@ -165,5 +151,5 @@ def _open(
     return Run(
         folder, run, device, tokenizer,
         Examples(train.truncate(max_len, t.truncation), dataset.train.labels),
-        measured(validation, dataset.validation), measured(test, dataset.test), train,
+        measured(validation, dataset.validation), measured(test, dataset.test),
     )  # fmt: skip

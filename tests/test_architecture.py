@@ -71,10 +71,9 @@ ALLOWED: dict[str, set[str]] = {
     "report": CORE | {"attention.mps", "checkpoint"},
     "predictions": {"checkpoint", "files", "metrics"},
     "trainer": WORK | {"report"},
-    "runs": WORK | {"report", "trainer", "word_vectors"},
+    "runs": WORK | {"report", "trainer"},
     "flags": {"config"},
-    "word_vectors": {"packing"},
-    "pretrain": WORK | {"word_vectors"} | {"flags", "masked_lm", "report", "trainer", "runs"},
+    "pretrain": WORK | {"flags", "masked_lm", "report", "trainer", "runs"},
     # What looks at a finished run: from numbers to pictures to pages.
     "reporting": set(),
     "reporting.escaping": set(),

@@ -162,8 +162,10 @@ def _lengths(
 ) -> None:
     heading = findings.length_sentence(lengths, predictions.correct)
     of = "one window" if config.long_texts == "windows" else "what is read"
-    drawn = out.draw("accuracy-by-length", heading, plots.accuracy_by_length,
-                     findings.by_length(lengths, predictions.correct), config.model.max_len, of)  # fmt: skip
+    bins = findings.by_length(lengths, predictions.correct)
+    drawn = out.draw(
+        "accuracy-by-length", heading, plots.accuracy_by_length, bins, config.model.max_len, of
+    )
     caption = (
         "Bins of about equally many texts, by words of the whole text (punctuation marks "
         "count as words); bars are 95 % Wilson intervals."
