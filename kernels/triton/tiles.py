@@ -32,7 +32,7 @@ _FORWARD: dict[tuple[int, int], _Entry] = {
     (32, 16): (((64, 32, 4),), (32, 64, 4, 1)),
     (32, 32): (((64, 32, 4),), (32, 64, 4, 1)),
     (32, 64): (((64, 32, 4),), (32, 32, 4, 1)),
-    (32, 128): (((32, 32, 4),), (32, 32, 4, 1)),
+    (32, 128): (((32, 32, 8),), (16, 32, 8, 1)),
 }
 _BACKWARD: dict[tuple[int, int], _Entry] = {
     (16, 16): (((128, 64, 8), (256, 32, 8)), (64, 64, 4, 1)),
@@ -42,7 +42,7 @@ _BACKWARD: dict[tuple[int, int], _Entry] = {
     (32, 16): (((64, 32, 4),), (32, 32, 4, 1)),
     (32, 32): (((64, 32, 4),), (32, 32, 4, 1)),
     (32, 64): (((32, 32, 4),), (32, 32, 4, 1)),
-    (32, 128): (((32, 32, 8),), (32, 32, 8, 1)),
+    (32, 128): (((32, 32, 8),), (16, 32, 8, 1)),
 }
 SMALLEST = 16  # the least that a matrix product takes along each dimension
 
@@ -69,7 +69,9 @@ def _tile(kernel: str, bits: int, head_dim: int, max_seqlen: int) -> Tile:
     for longest, block_m, num_warps in short:
         if max_seqlen <= longest:
             block_n = max(SMALLEST, power_of_two(max_seqlen))
-            if block_n < 64:  # too little for eight warps; with fewer than four registers spill
+            # Too little for eight warps, in 16 bits; with fewer than four registers spill. A product
+            # of float32 keeps its operands in registers, and there eight hold what four spill.
+            if block_n < 64 and bits == 16:
                 num_warps = 4
             return Tile(min(block_m, block_n), block_n, num_warps, 1, whole=True)
     return Tile(*beyond, whole=False)
