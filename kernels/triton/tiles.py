@@ -69,8 +69,8 @@ def _tile(kernel: str, bits: int, head_dim: int, max_seqlen: int) -> Tile:
     for longest, block_m, num_warps in short:
         if max_seqlen <= longest:
             block_n = max(SMALLEST, power_of_two(max_seqlen))
-            # Too little for eight warps, in 16 bits; with fewer than four registers spill. A product
-            # of float32 keeps its operands in registers, and there eight hold what four spill.
+            # Too little for eight warps, in 16 bits; with fewer than four registers spill. Products
+            # of float32 keep their operands in registers, and there eight hold what four spill.
             if block_n < 64 and bits == 16:
                 num_warps = 4
             return Tile(min(block_m, block_n), block_n, num_warps, 1, whole=True)
