@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from fasttx import baselines
 from fasttx import device as devices
 from fasttx import flags, pretrain
 from fasttx.attention.registry import BACKENDS, BackendUnavailableError, resolve_name
+from fasttx.bag_of_words import BaselineError
 from fasttx.checkpoint import CheckpointError
 from fasttx.config import RECIPES, ConfigError, ModelConfig, TrainConfig
 from fasttx.data import DataError
@@ -28,6 +30,7 @@ from fasttx.version import __version__
 # What a person can mend: shown as one message, without a traceback.
 USER_ERRORS = (
     BackendUnavailableError,
+    BaselineError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -227,6 +230,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     html_report.add_command(commands)
     explain.add_command(commands)
+    baselines.add_command(commands)
     return parser
 
 

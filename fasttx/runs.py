@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,8 @@ class Run:
     test: Examples
 
 
-def _describe(dataset: data.TextDataset) -> dict[str, object]:
+def describe(dataset: data.TextDataset) -> dict[str, Any]:
+    """What config.json and results.json say of the data."""
     splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     return {
         "name": dataset.name,
@@ -107,7 +109,7 @@ def create(
         config = replace(config, init_from=os.path.abspath(config.init_from))
         tokenizer = _tokenizer_to_start_from(config)
     run = RunConfig(
-        config, backend, device.type, tuple(dataset.label_names), _describe(dataset), recipe
+        config, backend, device.type, tuple(dataset.label_names), describe(dataset), recipe
     )
     processes.barrier()  # everybody has seen that the folder is new
     if processes.main:

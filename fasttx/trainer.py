@@ -106,7 +106,7 @@ class Trainer:
     """One run: `fit` trains, `evaluate` measures. The model is already on its device."""
 
     def __init__(
-        self, model: Encoder, run: RunConfig, folder: RunFolder,
+        self, model: nn.Module, run: RunConfig, folder: RunFolder,
         device: torch.device, processes: Processes,
     ) -> None:  # fmt: skip
         self.model, self.run, self.folder = model, run, folder

@@ -74,6 +74,9 @@ ALLOWED: dict[str, set[str]] = {
     "runs": WORK | {"report", "trainer"},
     "flags": {"config"},
     "pretrain": WORK | {"flags", "masked_lm", "report", "trainer", "runs"},
+    "lstm": GENERATOR | {"config", "model", "packing"},
+    "bag_of_words": set(),
+    "baselines": WORK | {"bag_of_words", "lstm", "report", "trainer", "runs"},
     # What looks at a finished run: from numbers to pictures to pages.
     "reporting": set(),
     "reporting.escaping": set(),
@@ -85,8 +88,8 @@ ALLOWED: dict[str, set[str]] = {
     "reporting.explain": WORK | REPORTING - {"reporting.explain", "reporting.finished"},
     "reporting.html_report": WORK | REPORTING | {"predictions", "report"},
     "cli": WORK
-    | {"doctor", "flags", "pretrain", "report", "reporting", "runs", "trainer"}
-    | {"reporting.explain", "reporting.html_report", "reporting.plots"},
+    | {"bag_of_words", "baselines", "doctor", "flags", "pretrain", "report", "reporting", "runs"}
+    | {"reporting.explain", "reporting.html_report", "reporting.plots", "trainer"},
     "": {"attention", "classifier", "config", "model", "packing", "tokenizer", "version"},
     "train.py": WORK | {"predictions", "report", "trainer", "runs", "cli"},
 }
