@@ -30,7 +30,8 @@ def log_count_ratio(counts: Any, positive: np.ndarray, alpha: float) -> np.ndarr
 
 @dataclass
 class NBSVM:
-    """A linear SVM on naive-Bayes features, with the settings of its paper; one against the rest.
+    """A linear SVM on naive-Bayes features, with the settings of its paper; one class against the
+    rest where there are more than two.
 
     Source: Wang, Manning, "Baselines and Bigrams: Simple, Good Sentiment and Topic Classification",
     ACL 2012, section 2.3. Features are binary counts times `log_count_ratio`; the weights w of an
@@ -60,7 +61,8 @@ class NBSVM:
         from sklearn.svm import LinearSVC
 
         r = log_count_ratio(counts, positive, self.alpha)
-        svm = LinearSVC(C=self.C, dual="auto", random_state=self.random_state)
+        # LIBLINEAR's own tolerance for this solver; scikit-learn's is not reached in 1,000 passes.
+        svm = LinearSVC(C=self.C, dual=True, tol=0.1, random_state=self.random_state)
         svm.fit(counts.multiply(r).tocsr(), positive)
         w = svm.coef_[0]
         return r * ((1 - self.beta) * np.abs(w).mean() + self.beta * w), float(svm.intercept_[0])

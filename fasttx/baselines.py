@@ -59,11 +59,11 @@ def measure_linear(
     the latter, and measure it on the test texts. Its metrics, and what its results.json holds."""
     texts = [*dataset.train.texts, *dataset.validation.texts]
     labels = np.concatenate([dataset.train.labels, dataset.validation.labels])
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     fitted = bag_of_words.fit(
         kind, ngrams, texts, labels, num_classes=len(dataset.label_names), seed=config.seed
     )
-    fitted_at = time.perf_counter()
+    fitted_at, cpu_seconds = time.perf_counter(), time.process_time() - cpu_start
     test = classification_metrics(fitted.logits(dataset.test.texts), dataset.test.labels)
     measured, described, cpu = test.to_dict(), runs.describe(dataset), torch.device("cpu")
     results = {
@@ -78,6 +78,7 @@ def measure_linear(
         "test": measured,
         "log_probabilities": bag_of_words.KINDS[kind].probabilistic,
         "seconds": fitted_at - start,
+        "cpu_seconds": cpu_seconds,  # over all threads; a busy machine changes it little
         "test_seconds": time.perf_counter() - fitted_at,
         "peak_memory_mb": devices.peak_memory_mb(cpu),
         "seed": config.seed,
@@ -116,9 +117,10 @@ def _folder(out: Path | None, name: str) -> RunFolder | None:
     if out is None:
         return None
     folder = RunFolder(out / name)
-    if folder.results.exists():
+    if folder.results.exists() or (out.exists() and not out.is_dir()):
         raise CheckpointError(
-            f"{folder.results} exists already; expected a folder without. Choose another --out"
+            f"{folder.results if out.is_dir() else out} exists already; expected a folder without "
+            "results.json. Choose another --out"
         )
     return folder
 

@@ -1,24 +1,21 @@
 """A bidirectional LSTM classifier, as large as the Transformer it is compared with.
 
-One layer of `torch.nn.LSTM` between the same embedding width and the same mean pooling: what
-differs from `TransformerClassifier` is how the words of a text get to see each other.
+One layer of `torch.nn.LSTM` a direction, between an embedding of the same width and the same mean
+pooling: what differs from `TransformerClassifier` is how the words of a text get to see each other.
 
-Shapes: B texts, T rows (tokens of the batch), d width of the embedding, H hidden size a direction.
+Shapes: B texts, T rows (tokens of the batch), L longest text, d width of the embedding, H hidden
+size of a direction.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from fasttx.attention.dropout import require_seed, row_dropout, site_seeds
 from fasttx.config import ModelConfig
-from fasttx.model import TransformerClassifier, mean_pool
-from fasttx.packing import positions, sequence_ids
+from fasttx.model import TransformerClassifier
 
 
 def equal_hidden_size(config: ModelConfig) -> int:
@@ -38,30 +35,6 @@ def equal_hidden_size(config: ModelConfig) -> int:
     return hidden
 
 
-class TimeMajor(NamedTuple):
-    """How packed rows are ordered for `PackedSequence`: all first words, all second words, ...
-
-    rows: (live rows,) int64, for each place of that order the packed row it holds;
-    batch_sizes (longest,) int64 on the CPU, as torch wants it: texts that have a word there.
-    """
-
-    rows: Tensor
-    batch_sizes: Tensor
-
-
-def time_major(cu_seqlens: Tensor) -> TimeMajor:
-    """The order of `cu_seqlens` (B + 1,), longest texts first; empty texts and a dead tail are left
-    out. Waits for the device, since the batch sizes are needed on the host."""
-    cu = cu_seqlens.cpu()
-    lens, live = cu.diff().long(), int(cu[-1])
-    rank = torch.empty_like(lens)
-    rank[lens.argsort(descending=True, stable=True)] = torch.arange(len(lens))
-    rows = (positions(cu, live) * len(lens) + rank[sequence_ids(cu, live)]).argsort()
-    longest = int(lens.max()) if len(lens) else 0
-    batch_sizes = (lens > torch.arange(longest)[:, None]).sum(1)
-    return TimeMajor(rows.to(cu_seqlens.device), batch_sizes)
-
-
 class LSTMClassifier(nn.Module):
     """Embedding - dropout - bidirectional LSTM - mean over real tokens - dropout - Linear.
 
@@ -76,7 +49,8 @@ class LSTMClassifier(nn.Module):
         self.config = config
         self.hidden_size = equal_hidden_size(config)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.lstm = nn.LSTM(config.d_model, self.hidden_size, bidirectional=True)
+        self.onward = nn.LSTM(config.d_model, self.hidden_size, batch_first=True)
+        self.from_end = nn.LSTM(config.d_model, self.hidden_size, batch_first=True)
         self.classify = nn.Linear(2 * self.hidden_size, config.num_classes)
         self.reset_parameters()
 
@@ -84,13 +58,12 @@ class LSTMClassifier(nn.Module):
         """Torch's defaults, an embedding of unit variance included; the forget gates start open
         (Jozefowicz, Zaremba, Sutskever, ICML 2015), in one of torch's two bias vectors."""
         nn.init.normal_(self.embedding)
-        self.lstm.reset_parameters()
         self.classify.reset_parameters()
         forget = slice(self.hidden_size, 2 * self.hidden_size)  # gates: input, forget, cell, output
-        with torch.no_grad():
-            for name, weight in self.lstm.named_parameters():
-                if name.startswith("bias_ih"):
-                    weight[forget] = 1.0
+        for lstm in (self.onward, self.from_end):
+            lstm.reset_parameters()
+            with torch.no_grad():
+                lstm.get_parameter("bias_ih_l0")[forget] = 1.0
 
     def forward(
         self,
@@ -104,22 +77,32 @@ class LSTMClassifier(nn.Module):
         """Logits (B, num_classes) of packed rows: input_ids (T,), T >= cu_seqlens[-1], cu_seqlens
         (B + 1,) int32. An empty text is pooled to 0.
 
+        max_seqlen, any upper bound on the lengths, saves a wait for the device when given.
         seed: () int64 tensor on the device, the forward seed of both dropout masks, required in
-        training. position_ids and max_seqlen are what any model of `Trainer` is given; an LSTM
-        needs neither.
+        training. position_ids is what any model of `Trainer` is given; an LSTM needs none.
         """
         p = self.config.dropout if self.training else 0.0
         at_words, at_text = site_seeds(require_seed(seed), 2).unbind() if p else (None, None)
         x = row_dropout(F.embedding(input_ids, self.embedding), p, at_words)
-        pooled = mean_pool(self._states(x, cu_seqlens), cu_seqlens)
-        logits: Tensor = self.classify(row_dropout(pooled, p, at_text))
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        pooled = row_dropout(self._pool_states(x, cu_seqlens, max_seqlen), p, at_text)
+        logits: Tensor = self.classify(pooled)
         return logits
 
-    def _states(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """(T, d) -> (T, 2 H): the states of both directions at each row, 0 in a dead tail."""
-        order = time_major(cu_seqlens)
-        states = x.new_zeros(len(x), 2 * self.hidden_size)
-        if not len(order.rows):
-            return states
-        out, _ = self.lstm(PackedSequence(x[order.rows], order.batch_sizes))
-        return states.to(out.data.dtype).index_copy(0, order.rows, out.data)
+    def _pool_states(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """(T, d) -> (B, 2 H): the mean over each text of the states of both directions.
+
+        Each direction reads texts padded at the end that it comes to last, so no padding reaches a
+        real state. On the CPU that is many times faster than torch's `PackedSequence`: the gradient
+        of each time step would there be a tensor as large as the whole batch.
+        """
+        starts, lens = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]
+        step = torch.arange(max(max_seqlen, 1), device=x.device)
+        real = step < lens
+        rows = torch.cat([x, x.new_zeros(1, x.shape[1])])  # the last one is padding
+        pooled = []
+        for lstm, row in ((self.onward, starts + step), (self.from_end, starts + lens - 1 - step)):
+            states, _ = lstm(rows[torch.where(real, row, len(x))])
+            pooled.append((states * real[:, :, None]).sum(1))
+        return torch.cat(pooled, 1) / lens.clamp(min=1)

@@ -74,7 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": WORK | {"report", "trainer"},
     "flags": {"config"},
     "pretrain": WORK | {"flags", "masked_lm", "report", "trainer", "runs"},
-    "lstm": GENERATOR | {"config", "model", "packing"},
+    "lstm": GENERATOR | {"config", "model"},
     "bag_of_words": set(),
     "baselines": WORK | {"bag_of_words", "lstm", "report", "trainer", "runs"},
     # What looks at a finished run: from numbers to pictures to pages.

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from fasttx import baselines, cli, data, runs
 from fasttx.attention.dropout import keep_scale, row_keep, site_seeds, threshold
 from fasttx.checkpoint import Progress, RunConfig
 from fasttx.config import RECIPES, ModelConfig, TrainConfig
 from fasttx.distributed import Processes
-from fasttx.lstm import LSTMClassifier, time_major
+from fasttx.lstm import LSTMClassifier
 from fasttx.model import TransformerClassifier
 from fasttx.trainer import Trainer
 
@@ -31,20 +30,31 @@ def packed(dead_tail: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.tensor([0, *LENGTHS]).cumsum(0).int()
 
 
-def alone(
+def bidirectional(model: LSTMClassifier) -> torch.nn.LSTM:
+    """Torch's own LSTM in both directions, with the weights of `model`."""
+    lstm = torch.nn.LSTM(CONFIG.d_model, model.hidden_size, bidirectional=True)
+    weights = dict(model.onward.named_parameters())
+    weights |= {f"{name}_reverse": w for name, w in model.from_end.named_parameters()}
+    for name, weight in weights.items():
+        delattr(lstm, name)
+        setattr(lstm, name, weight)
+    return lstm
+
+
+def by_torch(
     model: LSTMClassifier, ids: torch.Tensor, cu_seqlens: torch.Tensor, p: float = 0.0,
     seed: int = 0,
 ) -> torch.Tensor:  # fmt: skip
-    """Logits from torch's LSTM on each text by itself, an ordinary (L, 1, d) tensor, with the
-    shared dropout masks of `seed` around it."""
-    seeds, t = site_seeds(torch.tensor(seed), 2), threshold(p)
+    """Logits from torch's bidirectional LSTM on each text by itself, an ordinary (L, 1, d) tensor,
+    with the shared dropout masks of `seed` around it."""
+    seeds, t, lstm = site_seeds(torch.tensor(seed), 2), threshold(p), bidirectional(model)
 
     def drop(x: torch.Tensor, site: int) -> torch.Tensor:
         return x * row_keep(seeds[site], *x.shape, t) * keep_scale(t)
 
     words = drop(model.embedding[ids], 0)[: cu_seqlens[-1]]
     pooled = [
-        model.lstm(text[:, None])[0].mean((0, 1)) if len(text) else text.new_zeros(24)
+        lstm(text[:, None])[0].mean((0, 1)) if len(text) else text.new_zeros(24)
         for text in words.split(cu_seqlens.diff().tolist())
     ]
     return model.classify(drop(torch.stack(pooled), 1))
@@ -56,7 +66,9 @@ def test_packed_equals_one_by_one(dead_tail: int) -> None:
     ids, cu_seqlens = packed(dead_tail)
     logits = model(ids, cu_seqlens=cu_seqlens)
     assert logits.shape == (len(LENGTHS), 3)
-    torch.testing.assert_close(logits, alone(model, ids, cu_seqlens))
+    torch.testing.assert_close(logits, by_torch(model, ids, cu_seqlens))
+    roomy = model(ids, cu_seqlens=cu_seqlens, max_seqlen=20)  # any upper bound will do
+    torch.testing.assert_close(roomy, logits)
 
 
 def test_gradients_equal_those_of_one_by_one() -> None:
@@ -64,23 +76,8 @@ def test_gradients_equal_those_of_one_by_one() -> None:
     ids, cu_seqlens = packed(dead_tail=3)
     weights = list(model.parameters())
     mine = torch.autograd.grad(model(ids, cu_seqlens=cu_seqlens).square().sum(), weights)
-    theirs = torch.autograd.grad(alone(model, ids, cu_seqlens).square().sum(), weights)
+    theirs = torch.autograd.grad(by_torch(model, ids, cu_seqlens).square().sum(), weights)
     torch.testing.assert_close(mine, theirs)
-
-
-def test_time_major_is_the_order_of_pack_sequence() -> None:
-    ids, cu_seqlens = packed(dead_tail=2)
-    order = time_major(cu_seqlens)
-    texts = [t for t in ids[: cu_seqlens[-1]].split(LENGTHS) if len(t)]  # it takes no empty one
-    wanted = pack_sequence(texts, enforce_sorted=False)
-    assert torch.equal(order.batch_sizes, wanted.batch_sizes)
-    # Equally long texts may stand in either order: compare what comes out of the packing.
-    mine = wanted._replace(data=ids[order.rows], sorted_indices=None, unsorted_indices=None)
-    found, lens = pad_packed_sequence(mine, batch_first=True)
-    longest_first = sorted(texts, key=len, reverse=True)
-    assert lens.tolist() == [len(t) for t in longest_first]
-    for row, text in zip(found, longest_first, strict=True):
-        assert torch.equal(row[: len(text)], text)
 
 
 def test_texts_without_a_word() -> None:
@@ -93,7 +90,7 @@ def test_dropout_is_a_function_of_the_seed() -> None:
     model = LSTMClassifier(CONFIG).train()
     ids, cu_seqlens = packed()
     one, two = (model(ids, cu_seqlens=cu_seqlens, seed=torch.tensor(seed)) for seed in (1, 2))
-    torch.testing.assert_close(one, alone(model, ids, cu_seqlens, CONFIG.dropout, seed=1))
+    torch.testing.assert_close(one, by_torch(model, ids, cu_seqlens, CONFIG.dropout, seed=1))
     assert not torch.equal(one, two)
     with pytest.raises(TypeError, match="dropout needs a"):
         model(ids, cu_seqlens=cu_seqlens)
