@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from fasttx import baselines
+from fasttx import baselines, flags, pretrain
 from fasttx import device as devices
-from fasttx import flags, pretrain
 from fasttx.attention.registry import BACKENDS, BackendUnavailableError, resolve_name
 from fasttx.bag_of_words import BaselineError
 from fasttx.checkpoint import CheckpointError

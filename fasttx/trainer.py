@@ -35,7 +35,6 @@ from fasttx.checkpoint import (
 from fasttx.classifier import mean_of_windows, predict_logits
 from fasttx.config import TrainConfig
 from fasttx.distributed import Processes
-from fasttx.encoder import Encoder
 from fasttx.metrics import Metrics, classification_metrics
 from fasttx.packing import PackedBatch, RaggedIds, pack, shuffled_batches
 from fasttx.tokenizer import UNK_ID
