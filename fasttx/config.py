@@ -256,6 +256,7 @@ RECIPES: dict[str, TrainConfig] = {
         label_smoothing=0.1,
         word_dropout=0.15,
         truncation="head+tail",
+        long_texts="windows",
         model=ModelConfig(dropout=0.2, attention_dropout=0.0),
     ),
     # The built-in corpus: minutes on two cores.
