@@ -359,23 +359,22 @@ def _(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
 
 
 def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, y, _, gamma, _, seed, threshold = inputs
+    _, _, _, gamma, _, seed, threshold = inputs
     total, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, gamma, mean, rstd, seed)
-    ctx.options = y.dtype, threshold
+    ctx.threshold = threshold
 
 
 @_differentiate("cpu_add_norm", _add_norm_setup)
 def _(ctx: Any, dsum: Tensor | None, dnormed: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     total, gamma, mean, rstd, seed = ctx.saved_tensors
-    dtype, threshold = ctx.options
     if dnormed is None:
         if dsum is None:
             return (None,) * 7
-        dnormed = torch.zeros_like(dsum, dtype=dtype)
+        dnormed = torch.zeros_like(dsum)
     dh, dy, dgamma, dbeta, dbias = _ops.cpu_add_norm_backward(
-        dsum, dnormed, total, gamma, mean, rstd, seed, threshold
+        dsum, dnormed, total, gamma, mean, rstd, seed, ctx.threshold
     )
     return dh, dy, dbias, dgamma, dbeta, None, None
 
