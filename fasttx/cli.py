@@ -17,8 +17,8 @@ from fasttx import baselines, flags, pretrain
 from fasttx import device as devices
 from fasttx.attention.registry import BACKENDS, BackendUnavailableError, resolve_name
 from fasttx.bag_of_words import BaselineError
-from fasttx.checkpoint import CheckpointError
-from fasttx.config import RECIPES, ConfigError, ModelConfig, TrainConfig
+from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder
+from fasttx.config import ENCODER_SHAPE, RECIPES, ConfigError, ModelConfig, TrainConfig
 from fasttx.data import DataError
 from fasttx.reporting import explain, html_report
 from fasttx.reporting.plots import PlotsError
@@ -44,7 +44,7 @@ def _recipe_lines() -> str:
     def line(name: str, c: TrainConfig) -> str:
         size = f"{c.train_samples:,} reviews" if c.train_samples else "all reviews"
         return (
-            f"  {name:5} {size}, {c.epochs} epochs of batches of {c.batch_size}, {c.optimizer} at "
+            f"  {name:8} {size}, {c.epochs} epochs of batches of {c.batch_size}, {c.optimizer} at "
             f"{c.lr:g} ({c.schedule}), dropout {c.model.dropout_text}"
         )
 
@@ -65,13 +65,19 @@ class TrainOptions:
         """The recipe asked for, else the one that fits. A recipe for IMDB does not fit `demo`, so
         where `auto` had to fall back to that corpus, it falls back to its recipe too."""
         fell_back = dataset == "demo" and self.settings.get("dataset", "auto") == "auto"
-        fitting = "demo" if dataset == "demo" else "full"
+        started = "finetune" if self.settings.get("init_from") else "full"
+        fitting = "demo" if dataset == "demo" else started
         return fitting if fell_back or self.recipe is None else self.recipe
 
     def config(self, recipe: str) -> TrainConfig:
-        """The settings given, over those of `recipe`. Raises ConfigError."""
+        """The settings given, over those of `recipe`; an encoder to start from has its own sizes.
+        Raises ConfigError, CheckpointError."""
         base = RECIPES[recipe]
-        model = dataclasses.replace(base.model, **self.model_settings)
+        model = base.model
+        if source := self.settings.get("init_from"):
+            theirs = RunConfig.load(RunFolder(Path(source)).config).train.model
+            model = dataclasses.replace(model, **{k: getattr(theirs, k) for k in ENCODER_SHAPE})
+        model = dataclasses.replace(model, **self.model_settings)
         return dataclasses.replace(base, model=model, **self.settings)
 
 
@@ -85,7 +91,9 @@ def train_options(argv: Sequence[str] | None = None) -> TrainOptions:
     parser.add_argument("--version", action="version", version=f"fasttx {__version__}")
     run = parser.add_argument_group("recipe and run folder")
     run.add_argument(
-        "--recipe", choices=RECIPES, help="settings to start from (default: full; demo on demo)"
+        "--recipe",
+        choices=RECIPES,
+        help="settings to start from (default: full; finetune with --init-from; demo on demo)",
     )
     run.add_argument("--out", type=Path, metavar="DIR", help="new run folder (default: runs/...)")
     run.add_argument(

@@ -96,6 +96,10 @@ class ModelConfig:
         return f"{self.dropout:g} (attention {self.attention_dropout:g})"
 
 
+# What two encoders share whose weights fit one another.
+ENCODER_SHAPE = ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "activation")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: where the text comes from, how it is optimised, and what it runs on."""
@@ -239,26 +243,30 @@ PRETRAIN = PretrainConfig(
     model=ModelConfig(attention_dropout=0.0),
 )
 
+_FULL = TrainConfig(
+    epochs=3,
+    batch_size=64,
+    optimizer="adamw",
+    lr=6e-4,
+    beta2=0.98,
+    weight_decay=0.1,
+    schedule="cosine",
+    warmup_steps=200,
+    grad_clip=1.0,
+    label_smoothing=0.1,
+    word_dropout=0.15,
+    truncation="head+tail",
+    long_texts="windows",
+    model=ModelConfig(dropout=0.2, attention_dropout=0.0),
+)
+
 RECIPES: dict[str, TrainConfig] = {
     # The system this library began as, on an honest (shuffled, stratified) subset.
     "seed": TrainConfig(train_samples=5000, test_samples=1000),
     # All of IMDB.
-    "full": TrainConfig(
-        epochs=3,
-        batch_size=64,
-        optimizer="adamw",
-        lr=6e-4,
-        beta2=0.98,
-        weight_decay=0.1,
-        schedule="cosine",
-        warmup_steps=200,
-        grad_clip=1.0,
-        label_smoothing=0.1,
-        word_dropout=0.15,
-        truncation="head+tail",
-        long_texts="windows",
-        model=ModelConfig(dropout=0.2, attention_dropout=0.0),
-    ),
+    "full": _FULL,
+    # The same from an encoder that `fasttx pretrain` has trained (--init-from).
+    "finetune": dataclasses.replace(_FULL, lr=3e-4, epochs=2),
     # The built-in corpus: minutes on two cores.
     "demo": TrainConfig(
         dataset="demo",

@@ -16,7 +16,7 @@ from fasttx import device as devices
 from fasttx.attention import registry
 from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder
 from fasttx.classifier import read
-from fasttx.config import ConfigError, TrainConfig
+from fasttx.config import ENCODER_SHAPE, ConfigError, TrainConfig
 from fasttx.distributed import Processes
 from fasttx.packing import RaggedIds
 from fasttx.token_cache import encode_cached
@@ -77,7 +77,7 @@ def _tokenizer_to_start_from(config: TrainConfig) -> Tokenizer:
     """That of the run `init_from`, after a check that its encoder has this one's shape."""
     source = RunFolder(Path(str(config.init_from)))
     theirs, ours = RunConfig.load(source.config).train.model, config.model
-    for name in ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "activation"):
+    for name in ENCODER_SHAPE:
         there, here = getattr(theirs, name), getattr(ours, name)
         if there != here:
             raise ConfigError(

@@ -132,10 +132,14 @@ def test_pretrain_then_fine_tune(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert results["masked_loss"] == pytest.approx(math.log(results["perplexity"]))
     assert "--init-from" in capsys.readouterr().out
 
-    arguments = [*QUICK, "--test-samples", "50", "--init-from", str(run), "--out", str(tuned)]
+    # The sizes are those of the encoder, the recipe is the one for it.
+    arguments = "--dataset demo --train-samples 300 --test-samples 50 --attn-backend sdpa".split()
+    arguments += ["--init-from", str(run), "--out", str(tuned)]
     assert train.main(arguments) == 0
     assert (tuned / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
-    assert json.loads((tuned / "results.json").read_text())["config"]["init_from"] == str(run)
+    tuned_results = json.loads((tuned / "results.json").read_text())
+    assert tuned_results["config"]["init_from"] == str(run)
+    assert tuned_results["config"]["model"]["d_model"] == 32
     before, after = (load_state(f / "best_model.pt") for f in (run, tuned))
     moved = (after["embedding"] - before["embedding"]).norm() / before["embedding"].norm()
     assert 0 < moved < 0.5
@@ -242,3 +246,18 @@ def test_windows_hold_every_word_once() -> None:
     assert np.array_equal(pieces.values, ids.values)
     assert pieces[3].tolist() == [0, 1, 2]
     assert pieces[4].tolist() == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dataset", "recipe"),
+    [
+        (["--init-from", "runs/words"], "imdb", "finetune"),
+        (["--init-from", "runs/words"], "demo", "demo"),
+        (["--init-from", "runs/words", "--recipe", "seed"], "imdb", "seed"),
+        ([], "imdb", "full"),
+    ],
+)
+def test_the_recipe_for_a_pretrained_encoder(
+    arguments: list[str], dataset: str, recipe: str
+) -> None:
+    assert cli.train_options([*arguments, "--dataset", dataset]).recipe_for(dataset) == recipe
