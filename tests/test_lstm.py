@@ -173,6 +173,8 @@ def test_killed_and_resumed(
     assert not (tmp_path / "broken" / "results.json").exists()
     assert command("--resume", tmp_path / "broken", "--json") == 0
     resumed = json.loads(capsys.readouterr().out)
+    # Not begun again, which would end in the same weights.
+    assert "going on from epoch 2, step 5" in (tmp_path / "broken" / "train.log").read_text()
 
     for key in ("test", "val_accuracy", "best_epoch", "config", "dataset"):
         assert resumed[key] == whole[key], key
