@@ -66,6 +66,7 @@ class TransformerClassifier(Encoder):
         activation: str = "relu",
         attention_dropout: float | None = None,
     ) -> None:
+        registry.check_name(attn_backend)  # whose message lists the names, whatever was given
         super().__init__(
             ModelConfig(
                 vocab_size, num_classes, d_model, num_heads, num_layers, d_ff, max_len, dropout,
