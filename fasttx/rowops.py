@@ -26,6 +26,7 @@ class RowOps(NamedTuple):
            dropout(table[ids] * sqrt(d) + pe[position_ids]); ids, position_ids (T,), table (V, d)
     add_norm(h, y, bias, gamma, beta, p, seed) -> (h', n)
            h' = h + dropout(y + bias), n = LayerNorm(h') * gamma + beta; h, y (T, d)
+           n may come in y's dtype, to which autocast would round it for the next linear layer
     bias_act(u, bias, p, seed, activation) -> dropout(act(u + bias)); u (T, f)
 
     p is a probability, seed a () int64 tensor on the device, or None where p = 0.
