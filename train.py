@@ -43,12 +43,13 @@ def open_run(options: cli.TrainOptions, processes: distributed.Processes) -> run
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.train_options(argv)
     processes = distributed.start()
-    report.log_to_console(logging.INFO if processes.main else logging.ERROR)
     try:
-        run = open_run(options, processes)
-        if run is None:
-            return 0
-        return train(run, processes)
+        with report.console(logging.INFO if processes.main else logging.ERROR):
+            run = open_run(options, processes)
+            if run is None:
+                return 0
+            with report.log_file(run.folder.log, processes.main):
+                return train(run, processes)
     except cli.USER_ERRORS as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
@@ -58,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(run: runs.Run, processes: distributed.Processes) -> int:
     config, counts = run.config.train, run.config.dataset["label_counts"]
-    if processes.main:
-        log.addHandler(report.LogFile(run.folder.log))
     log.info("%s", report.heading(run.config, run.folder, run.device))
     log.info("%s", report.label_table(counts))
     if warning := report.single_class_warning(counts):
@@ -73,18 +72,11 @@ def train(run: runs.Run, processes: distributed.Processes) -> int:
         log.info("encoder    starts from %s", config.init_from)
         load_encoder(model, RunFolder(Path(config.init_from)).best_model)
     trainer = Trainer(model, run.config, run.folder, run.device, processes)
-    if trainer.restore():
-        at = trainer.progress
-        log.info("going on from epoch %d, step %d", at.epoch + 1, at.step)
-
-    display = report.ProgressDisplay(config.epochs, len(run.train), quiet=not processes.main)
     try:
-        progress = trainer.fit(run.train, run.validation, display.on_batch, display.on_epoch)
+        progress = runs.fit(trainer, run.train, run.validation, quiet=not processes.main)
     except Interrupted:
         log.info("stopped and saved; go on with: python train.py --resume %s", run.folder.path)
         return 130
-    finally:
-        display.close()
 
     # The epoch was chosen on the validation split; the test split is touched here, once.
     best = trainer.restore_best()

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from fasttx import bag_of_words, data, report, runs
 from fasttx import device as devices
-from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder
+from fasttx.checkpoint import LSTM_BASELINE, CheckpointError, RunConfig, RunFolder
 from fasttx.config import RECIPES, ConfigError, TrainConfig
 from fasttx.distributed import Processes
 from fasttx.files import write_json_atomic
@@ -175,34 +176,25 @@ def _open_lstm(args: argparse.Namespace) -> runs.Run | None:
     if given := [*settings, *(["out"] if args.out else [])]:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"--resume takes its settings from {folder.config}; leave out {flags}")
-    saved = RunConfig.load(folder.config)
-    if saved.recipe != LSTM:
-        raise CheckpointError(
-            f"{folder.path} is a run of recipe {saved.recipe!r}; expected one of `fasttx baseline "
-            f"lstm`. Go on with it: python train.py --resume {folder.path}"
-        )
+    saved = RunConfig.load(folder.config, LSTM_BASELINE)
     return None if folder.results.exists() else runs.resume(folder, saved, Processes())
 
 
 def _lstm(args: argparse.Namespace) -> int:
-    if args.json:
-        log.setLevel(logging.INFO)  # train.log has it all; standard output has the JSON alone
-    else:
-        report.log_to_console()
-    run = _open_lstm(args)
-    if run is None:
-        print(f"{args.resume} is finished: its results are in {RunFolder(args.resume).results}")
-        return 0
-    log_file = report.LogFile(run.folder.log)
-    log.addHandler(log_file)
-    try:
-        results = train_lstm(run, quiet=args.json)
-    except Interrupted:
-        log.info("stopped and saved; go on: fasttx baseline lstm --resume %s", run.folder.path)
-        return 130
-    finally:
-        log.removeHandler(log_file)
-        log_file.close()
+    log.setLevel(logging.INFO)
+    # With --json, train.log has it all, and standard output has the JSON alone.
+    with nullcontext() if args.json else report.console():
+        run = _open_lstm(args)
+        if run is None:
+            print(f"{args.resume} is finished: its results are in {RunFolder(args.resume).results}")
+            return 0
+        with report.log_file(run.folder.log):
+            try:
+                results = train_lstm(run, quiet=args.json)
+            except Interrupted:
+                how = f"fasttx baseline lstm --resume {run.folder.path}"
+                log.info("stopped and saved; go on with: %s", how)
+                return 130
     if args.json:
         print(json.dumps(results))
     return 0
@@ -218,14 +210,7 @@ def train_lstm(run: runs.Run, *, quiet: bool = False) -> dict[str, Any]:
     log.info("%s", _lstm_heading(run, model))
     log.info("%s", report.label_table(run.config.dataset["label_counts"]))
     trainer = Trainer(model, run.config, run.folder, run.device, Processes())
-    if trainer.restore():
-        at = trainer.progress
-        log.info("going on from epoch %d, step %d", at.epoch + 1, at.step)
-    display = report.ProgressDisplay(run.config.train.epochs, len(run.train), quiet=quiet)
-    try:
-        progress = trainer.fit(run.train, run.validation, display.on_batch, display.on_epoch)
-    finally:
-        display.close()
+    progress = runs.fit(trainer, run.train, run.validation, quiet=quiet)
 
     # The epoch was chosen on the validation split; the test split is touched here, once.
     best = trainer.restore_best()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ class CheckpointError(RuntimeError):
     """A file of a run is missing, damaged, or not what it should be; the message names it."""
 
 
-CLASSIFICATION, PRETRAINING = "classification", "pretraining"
+# What a run is of: train.py, `fasttx pretrain`, `fasttx baseline lstm`.
+CLASSIFICATION, PRETRAINING, LSTM_BASELINE = "classification", "pretraining", "the LSTM baseline"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class RunConfig:
 
     @property
     def task(self) -> str:
-        return PRETRAINING if isinstance(self.train, PretrainConfig) else CLASSIFICATION
+        if isinstance(self.train, PretrainConfig):
+            return PRETRAINING
+        return LSTM_BASELINE if self.recipe == "lstm" else CLASSIFICATION
 
     def save(self, path: Path) -> None:
         write_json_atomic(
@@ -105,6 +107,7 @@ class RunConfig:
                 PRETRAINING: f"Train from it: python train.py --init-from {path.parent}; go on "
                 f"with it: fasttx pretrain --resume {path.parent}",
                 CLASSIFICATION: f"Go on with it: python train.py --resume {path.parent}",
+                LSTM_BASELINE: f"Go on with it: fasttx baseline lstm --resume {path.parent}",
             }
             why = remedy.get(found, "It is from another version")
             raise CheckpointError(f"{path.parent} is a run of {found}; expected {task}. {why}")
@@ -180,12 +183,20 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(
-    model: nn.Module, path: Path,
-    change: Callable[[dict[str, Any]], dict[str, Any]] = lambda state: state,
-) -> None:  # fmt: skip
+def load_weights(model: nn.Module, path: Path) -> None:
     """A plain state dict into `model`; CheckpointError tells what does not fit."""
-    state, wanted = change(load_state(path)), model.state_dict()
+    _fit_weights(model, load_state(path), path)
+
+
+def load_encoder(model: nn.Module, path: Path) -> None:
+    """All weights but the head's, from the best_model.pt of a run with any head, into `model`."""
+    own = {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
+    theirs = {k: v for k, v in load_state(path).items() if not k.startswith("head.")}
+    _fit_weights(model, theirs | own, path)
+
+
+def _fit_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
+    wanted = model.state_dict()
     problems = [f"lacks {k}" for k in wanted if k not in state]
     problems += [f"has an unknown {k}" for k in state if k not in wanted]
     problems += [
@@ -198,11 +209,3 @@ def load_weights(
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
     model.load_state_dict(state)
-
-
-def load_encoder(model: nn.Module, path: Path) -> None:
-    """All weights but the head's, from the best_model.pt of a run with any head, into `model`."""
-    own = {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
-    load_weights(
-        model, path, lambda state: {k: v for k, v in state.items() if k[:5] != "head."} | own
-    )

@@ -170,19 +170,26 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from fasttx import data
+    from fasttx import data, runs
     from fasttx.classifier import load
     from fasttx.metrics import classification_metrics, format_metrics
 
     classifier = load(args.run, device=args.device, attn_backend=args.attn_backend)
-    split = data.load_for_evaluation(
-        args.dataset, classifier.label_names, text_column=args.text_column,
-        label_column=args.label_column,
-    )  # fmt: skip
+    reading = {"truncation": args.truncation, "long_texts": args.long_texts}
+    classifier = dataclasses.replace(classifier, **{k: v for k, v in reading.items() if v})
+    if args.dataset is None:
+        folder = RunFolder(Path(args.run))
+        split = runs.load_dataset(folder, RunConfig.load(folder.config)).validation
+    else:
+        split = data.load_for_evaluation(
+            args.dataset, classifier.label_names, text_column=args.text_column,
+            label_column=args.label_column,
+        )  # fmt: skip
     logits = classifier.logits(split.texts, batch_size=args.batch_size)
     metrics = classification_metrics(logits.numpy(), split.labels)
     if args.json:
-        print(json.dumps({"dataset": args.dataset, **metrics.to_dict()}))
+        where = args.dataset or f"validation split of {args.run}"
+        print(json.dumps({"dataset": where, **metrics.to_dict()}))
     else:
         print(format_metrics(metrics, list(classifier.label_names)))
 
@@ -229,8 +236,15 @@ def command_parser() -> argparse.ArgumentParser:
     )
     _add_run(evaluate)
     evaluate.add_argument(
-        "--dataset", required=True, help="imdb, demo, or a path; its test split is used"
+        "--dataset",
+        help="imdb, demo, or a path, for its test split (default: the run's own validation split)",
     )
+    for name in ("truncation", "long_texts"):
+        field = TrainConfig.__dataclass_fields__[name]
+        evaluate.add_argument(
+            "--" + name.replace("_", "-"), choices=field.metadata["choices"],
+            help=f"instead of the run's own choice: {field.metadata['help']}",
+        )  # fmt: skip
     evaluate.add_argument("--text-column", help="name of the text column (default: found)")
     evaluate.add_argument("--label-column", help="name of the label column (default: found)")
     evaluate.set_defaults(run_command=_evaluate)

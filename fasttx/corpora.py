@@ -160,7 +160,8 @@ def _folder_corpus(folder: Path, text_column: str | None, label_column: str | No
         else:
             ignored.append(entry.name)
 
-    if not files and not trees:
+    unlabelled = _unlabelled(entries, text_column)
+    if not files and not trees and not unlabelled:
         single = [p for p in entries if p.is_file() and p.suffix.lower() in READERS]
         if len(single) != 1:
             raise DataError(
@@ -182,7 +183,6 @@ def _folder_corpus(folder: Path, text_column: str | None, label_column: str | No
         elif tree:
             splits[split] = functools.partial(tree_rows, tree[0])
     notes = [f"ignored in {folder}: {', '.join(ignored)}"] if ignored else []
-    unlabelled = _unlabelled(entries, text_column)
     return Corpus(_folder_name(folder), str(folder), splits, notes, unlabelled)
 
 

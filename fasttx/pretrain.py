@@ -31,8 +31,7 @@ log = logging.getLogger("fasttx")
 
 # Settings of a classifier's training that say nothing here.
 WITHOUT = (
-    "label_column", "test_samples", "subset_order", "allow_single_class", "truncation",
-    "long_texts",
+    "test_samples", "subset_order", "allow_single_class", "truncation", "long_texts",
     "label_smoothing", "word_dropout", "init_from",
 )  # fmt: skip
 HELD_OUT = 1000  # texts, at most, on which the masked accuracy of an epoch is measured
@@ -75,7 +74,9 @@ class MaskedTrainer(Trainer):
 
 def _splits(config: PretrainConfig) -> tuple[list[str], list[str], list[str]]:
     """Texts to train on, texts held out, and notes. Pure functions of the seed."""
-    texts, notes = data.load_texts(config.dataset, text_column=config.text_column)
+    texts, notes = data.load_texts(
+        config.dataset, text_column=config.text_column, label_column=config.label_column
+    )
     order = np.random.default_rng([config.seed, _HELD_OUT_STREAM]).permutation(len(texts))
     held_out = min(HELD_OUT, len(texts) // 10)
     if not held_out:
@@ -188,27 +189,19 @@ def _results(opened: _Open, progress: Progress, parameters: int) -> dict[str, An
 
 def _train(opened: _Open, processes: distributed.Processes) -> int:
     config = opened.run.train
-    if processes.main:
-        log.addHandler(report.LogFile(opened.folder.log))
     log.info("%s", _heading(opened))
     torch.manual_seed(config.seed)
     model = MaskedLanguageModel(replace(config.model, attn_backend=opened.run.attn_backend)).to(
         opened.device
     )
     trainer = MaskedTrainer(model, opened.run, opened.folder, opened.device, processes)
-    if trainer.restore():
-        at = trainer.progress
-        log.info("going on from epoch %d, step %d", at.epoch + 1, at.step)
-    display = report.ProgressDisplay(
-        config.epochs, len(opened.train), quiet=not processes.main, unit="windows"
-    )
     try:
-        progress = trainer.fit(opened.train, opened.validation, display.on_batch, display.on_epoch)
+        progress = runs.fit(
+            trainer, opened.train, opened.validation, quiet=not processes.main, unit="windows"
+        )
     except Interrupted:
         log.info("stopped and saved; go on with: fasttx pretrain --resume %s", opened.folder.path)
         return 130
-    finally:
-        display.close()
     if processes.main:
         results = _results(opened, progress, sum(p.numel() for p in model.parameters()))
         write_json_atomic(opened.folder.results, results)
@@ -227,11 +220,14 @@ def _command(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     resume, out = values.pop("resume"), values.pop("out")
     settings, model = flags.split(values)
     processes = distributed.start()
-    report.log_to_console(logging.INFO if processes.main else logging.ERROR)
     try:
-        config = replace(PRETRAIN, model=replace(PRETRAIN.model, **model), **settings)
-        opened = _resume(resume, processes) if resume else _create(config, out, processes)
-        return 0 if opened is None else _train(opened, processes)
+        with report.console(logging.INFO if processes.main else logging.ERROR):
+            config = replace(PRETRAIN, model=replace(PRETRAIN.model, **model), **settings)
+            opened = _resume(resume, processes) if resume else _create(config, out, processes)
+            if opened is None:
+                return 0
+            with report.log_file(opened.folder.log, processes.main):
+                return _train(opened, processes)
     finally:
         distributed.stop(processes)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,34 @@ log = logging.getLogger("fasttx")
 TARGET_ACCURACIES = (0.85, 0.88)  # of validation; results.json tells when each was reached
 
 
-class LogFile(logging.FileHandler):
-    """train.log: every line with its time; appended to by a resume."""
+@contextmanager
+def log_file(path: Path, wanted: bool = True) -> Iterator[None]:
+    """train.log, if `wanted`: every line with its time, after those of an earlier start."""
+    if not wanted:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    with _handled_by(handler):
+        yield
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, encoding="utf-8")
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
-
-def log_to_console(level: int = logging.INFO) -> None:
+@contextmanager
+def console(level: int = logging.INFO) -> Iterator[None]:
     """Lines of the `fasttx` logger to standard output, bare."""
-    if not any(type(h) is logging.StreamHandler for h in log.handlers):
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
     log.setLevel(level)
+    with _handled_by(logging.StreamHandler(sys.stdout)):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: logging.Handler) -> Iterator[None]:
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 def clock(seconds: float) -> str:

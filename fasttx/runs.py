@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from fasttx import data
+from fasttx import data, report
 from fasttx import device as devices
 from fasttx.attention import registry
-from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder
+from fasttx.checkpoint import CheckpointError, Progress, RunConfig, RunFolder
 from fasttx.classifier import read
 from fasttx.config import ENCODER_SHAPE, ConfigError, TrainConfig
 from fasttx.distributed import Processes
 from fasttx.packing import RaggedIds
 from fasttx.token_cache import encode_cached
 from fasttx.tokenizer import Tokenizer
-from fasttx.trainer import Examples
+from fasttx.trainer import Examples, Trainer
 
 log = logging.getLogger("fasttx")
 
@@ -117,6 +117,21 @@ def create(
         tokenizer.save(folder.tokenizer)
         run.save(folder.config)
     return _open(folder, run, device, tokenizer, dataset)
+
+
+def fit(
+    trainer: Trainer, train: Examples, validation: Examples, *, quiet: bool = False,
+    unit: str = "reviews",
+) -> Progress:  # fmt: skip
+    """Train from where the run stands to its end, and show how it goes. Raises as Trainer.fit."""
+    if trainer.restore():
+        at = trainer.progress
+        log.info("going on from epoch %d, step %d", at.epoch + 1, at.step)
+    display = report.ProgressDisplay(trainer.config.epochs, len(train), quiet=quiet, unit=unit)
+    try:
+        return trainer.fit(train, validation, display.on_batch, display.on_epoch)
+    finally:
+        display.close()
 
 
 def resume(folder: RunFolder, run: RunConfig, processes: Processes) -> Run:

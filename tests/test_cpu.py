@@ -454,6 +454,14 @@ def test_a_library_that_does_not_load(monkeypatch, tmp_path):
     assert "does not load" in reason and str(broken) in reason
 
 
+def test_a_library_of_another_version(monkeypatch):
+    """Built before the Python beside it, as after a `git pull` without another install."""
+    monkeypatch.setattr(kernels, "INTERFACE", kernels.INTERFACE + 1)
+    monkeypatch.setattr(kernels, "library", kernels.library.__wrapped__)
+    (reason,) = BACKEND.unavailable_reasons("cpu", torch.float32, 16)
+    assert "was built for another version" in reason and "install fasttx again" in reason
+
+
 def test_an_unknown_instruction_set():
     before = kernels.instruction_set()
     with pytest.raises(ValueError, match=f"'nope'; expected one of {', '.join(SETS)}"):

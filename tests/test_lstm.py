@@ -191,7 +191,7 @@ def test_a_run_of_train_py_is_not_taken_for_one(
     run = RunConfig(RECIPES["demo"], "sdpa", "cpu", ("a", "b"), {}, "demo")
     run.save(tmp_path / "config.json")
     assert command("--resume", tmp_path) == 2
-    assert "is a run of recipe 'demo'" in capsys.readouterr().err
+    assert "a run of classification; expected the LSTM baseline" in capsys.readouterr().err
 
 
 def test_it_learns_what_needs_word_order(tmp_path: Path) -> None:

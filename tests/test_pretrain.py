@@ -15,7 +15,7 @@ import fasttx
 import train
 from fasttx import cli, data
 from fasttx.checkpoint import CheckpointError, load_encoder, load_state, save_state
-from fasttx.config import ModelConfig, PretrainConfig
+from fasttx.config import ModelConfig, PretrainConfig, TrainConfig
 from fasttx.masked_lm import MaskedLanguageModel, mask_words
 from fasttx.model import TransformerClassifier
 from fasttx.packing import RaggedIds, pack
@@ -230,6 +230,23 @@ def test_texts_of_the_original_archive(tmp_path: Path) -> None:
         path.write_text(text)
     texts, _ = data.load_texts(str(tmp_path))
     assert sorted(texts) == ["bad", "either", "good"]
+
+
+def test_unlabelled_texts_alone(tmp_path: Path) -> None:
+    """They are enough to pretrain on, and not to train on."""
+    (tmp_path / "unsupervised.csv").write_text("text\na\nb\n")
+    texts, notes = data.load_texts(str(tmp_path))
+    assert texts == ["a", "b"]
+    assert len(notes) == 1
+    with pytest.raises(data.DataError, match="has no train split"):
+        data.load(TrainConfig(dataset=str(tmp_path)))
+
+
+def test_the_column_of_labels_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,a,b\nfine,1,2\n")
+    with pytest.raises(data.DataError, match="--label-column"):
+        data.load_texts(str(tmp_path))
+    assert data.load_texts(str(tmp_path), label_column="a")[0] == ["fine"]
 
 
 def test_no_column_of_texts_is_named(tmp_path: Path) -> None:

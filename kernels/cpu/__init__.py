@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
+INTERFACE = 2  # of library.cpp; another number means arguments that do not fit SIGNATURES
 NO_MEMORY = -1  # what a function returns where scratch could not be had
 
 
@@ -60,6 +61,11 @@ def library() -> ctypes.CDLL:
     if path is None:
         raise OSError(f"no library was built in {HERE}")
     native = ctypes.CDLL(str(path))
+    interface = getattr(native, "fasttx_interface", lambda: 1)()
+    if interface != INTERFACE:
+        raise OSError(
+            f"{path} was built for another version: interface {interface}, not {INTERFACE}"
+        )
     for name, arguments in SIGNATURES.items():
         function = getattr(native, f"fasttx_{name}")
         function.argtypes, function.restype = arguments, ctypes.c_int64

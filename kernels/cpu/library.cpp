@@ -147,6 +147,10 @@ std::vector<Item> items_of(const Spans& a, int64_t batch, int64_t share) {
 
 // ---- the interface -------------------------------------------------------------------------------
 
+// Changes with the arguments below, and with kernels/cpu/__init__.py, which asks for it: a library
+// that was built before the Python beside it would read other arguments than it is given.
+API int64_t fasttx_interface() { return 2; }
+
 // The sets that this machine runs, best first, separated by spaces.
 API const char* fasttx_instruction_sets() {
   static char text[64] = "";
