@@ -96,13 +96,13 @@ class RunConfig:
         )
 
     @classmethod
-    def load(cls, path: Path, task: str | None = None) -> RunConfig:
-        """Raises CheckpointError, also for a run of another `task`."""
+    def load(cls, path: Path, *tasks: str) -> RunConfig:
+        """Raises CheckpointError, also for a run of none of these tasks, where some are named."""
         values = read_json(path)
         if values.get("format") != "fasttx-run-1":
             raise CheckpointError(f"{path} is not the config.json of a fasttx run")
         found = values.get("task", CLASSIFICATION)
-        if task not in (None, found):
+        if tasks and found not in tasks:
             remedy = {
                 PRETRAINING: f"Train from it: python train.py --init-from {path.parent}; go on "
                 f"with it: fasttx pretrain --resume {path.parent}",
@@ -110,7 +110,9 @@ class RunConfig:
                 LSTM_BASELINE: f"Go on with it: fasttx baseline lstm --resume {path.parent}",
             }
             why = remedy.get(found, "It is from another version")
-            raise CheckpointError(f"{path.parent} is a run of {found}; expected {task}. {why}")
+            raise CheckpointError(
+                f"{path.parent} is a run of {found}; expected {' or '.join(tasks)}. {why}"
+            )
         kind = PretrainConfig if found == PRETRAINING else TrainConfig
         try:
             return cls(

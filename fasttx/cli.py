@@ -175,7 +175,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from fasttx.metrics import classification_metrics, format_metrics
 
     classifier = load(args.run, device=args.device, attn_backend=args.attn_backend)
-    reading = {"truncation": args.truncation, "long_texts": args.long_texts}
+    cut = "cut" if args.truncation else None  # where it says what to keep, it is cut
+    reading = {"truncation": args.truncation, "long_texts": args.long_texts or cut}
     classifier = dataclasses.replace(classifier, **{k: v for k, v in reading.items() if v})
     if args.dataset is None:
         folder = RunFolder(Path(args.run))

@@ -14,7 +14,14 @@ import torch
 from fasttx import data, report
 from fasttx import device as devices
 from fasttx.attention import registry
-from fasttx.checkpoint import CheckpointError, Progress, RunConfig, RunFolder
+from fasttx.checkpoint import (
+    CLASSIFICATION,
+    PRETRAINING,
+    CheckpointError,
+    Progress,
+    RunConfig,
+    RunFolder,
+)  # fmt: skip
 from fasttx.classifier import read
 from fasttx.config import ENCODER_SHAPE, ConfigError, TrainConfig
 from fasttx.distributed import Processes
@@ -76,9 +83,9 @@ def new_folder(out: Path | None, recipe: str, processes: Processes) -> RunFolder
 def _tokenizer_to_start_from(config: TrainConfig) -> Tokenizer:
     """That of the run `init_from`, after a check that its encoder has this one's shape."""
     source = RunFolder(Path(str(config.init_from)))
-    theirs, ours = RunConfig.load(source.config).train.model, config.model
+    theirs = RunConfig.load(source.config, CLASSIFICATION, PRETRAINING).train.model
     for name in ENCODER_SHAPE:
-        there, here = getattr(theirs, name), getattr(ours, name)
+        there, here = getattr(theirs, name), getattr(config.model, name)
         if there != here:
             raise ConfigError(
                 f"{name} is {here}, and {there} in {source.config}; expected the same encoder. "

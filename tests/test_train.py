@@ -145,6 +145,27 @@ def test_evaluate_repeats_the_test_accuracy(run: Path, reviews: Path, tmp_path: 
     assert again["confusion_matrix"] == found["confusion_matrix"]
 
 
+def test_evaluate_repeats_the_validation_accuracy(run: Path, tmp_path: Path) -> None:
+    """Without a dataset it is the run's own validation split; how texts are read can be changed."""
+    shown = command("evaluate", run, "--json", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    best = max(results(run)["history"], key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    again = json.loads(shown.stdout)
+    assert again["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+    assert again["accuracy"] == best["val_accuracy"]
+
+
+def test_evaluate_reads_texts_another_way(reviews: Path, tmp_path: Path) -> None:
+    short = ["--max-len", "8", "--epochs", "1"]
+    done = train("--dataset", reviews, "--out", "r", *SMALL, *short, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    losses = {
+        json.loads(command("evaluate", "r", "--json", *how, cwd=tmp_path).stdout)["loss"]
+        for how in ([], ["--long-texts", "cut"], ["--truncation", "head"], ["--truncation", "tail"])
+    }
+    assert len(losses) == 4, "windows, head+tail, head, tail"
+
+
 def test_long_texts_in_windows(reviews: Path, tmp_path: Path) -> None:
     """All of a text counts; what training measured, evaluate and predict measure too."""
     windows = ["--max-len", "8", "--long-texts", "windows", "--epochs", "1"]

@@ -270,7 +270,8 @@ def _footer(run: FinishedRun) -> str:
 def _report(args: argparse.Namespace) -> None:
     path = Path(args.run)
     out = Path(args.out) if args.out else path / "report.html"
-    page.check_folder(out)  # before minutes of work
+    if args.out:
+        page.check_folder(out)  # before minutes of work
     html, pictures = build(open_run(path, args.device))
     folder = page.write(out, html, pictures)
     print(f"{out}: open it in a browser; its {len(pictures)} pictures: {folder}/*.png")
