@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fasttx.attention import registry
 from fasttx.config import ModelConfig
 from fasttx.encoder import Encoder
+from fasttx.linear_cross_entropy import linear_cross_entropy
 from fasttx.packing import RaggedIds
 from fasttx.rowops import layer_norm
 from fasttx.tokenizer import UNK_ID
@@ -23,7 +24,8 @@ from fasttx.tokenizer import UNK_ID
 
 class MaskedHead(nn.Module):
     """Linear(d, d) - GELU - LayerNorm on rows (M, d), then the product with the token embedding
-    (shared with the encoder: Press and Wolf, 2017) and a bias for each word."""
+    (shared with the encoder: Press and Wolf, 2017) and a bias for each word, both outside: where
+    the words are known, they are one operation with the loss."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -31,10 +33,11 @@ class MaskedHead(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, x: Tensor, embedding: Tensor, ops: registry.Ops) -> Tensor:
+    def forward(self, x: Tensor, ops: registry.Ops) -> Tensor:
+        """The rows (M, d) of which the product with the embedding is taken."""
         x = F.linear(x, self.dense.weight)
         x = ops.rowops.bias_act(x, self.dense.bias, 0.0, None, "gelu")
-        return F.linear(layer_norm(x, self.norm.weight, self.norm.bias), embedding, self.bias)
+        return layer_norm(x, self.norm.weight, self.norm.bias)
 
 
 class MaskedLanguageModel(Encoder):
@@ -48,14 +51,18 @@ class MaskedLanguageModel(Encoder):
     def forward(
         self, input_ids: Tensor, *, rows: Tensor, cu_seqlens: Tensor,
         position_ids: Tensor | None = None, max_seqlen: int | None = None,
-        seed: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Logits (M, vocab_size) for the rows (M,) int64 of packed input_ids (T,)."""
+        seed: Tensor | None = None, labels: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """Logits (M, vocab_size) for the rows (M,) int64 of packed input_ids (T,); with labels
+        (M,) int64, the words that stand there, their summed loss and how many are named right."""
         encoded = self.encode(
             input_ids, cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=max_seqlen,
             seed=seed,
         )  # fmt: skip
-        return self.head(encoded.n[rows], self.embedding, self._ops)
+        x = self.head(encoded.n[rows], self._ops)
+        if labels is None:
+            return F.linear(x, self.embedding, self.head.bias)
+        return linear_cross_entropy(x, self.embedding, self.head.bias, labels)
 
 
 def mask_words(

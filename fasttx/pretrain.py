@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from fasttx import data, distributed, flags, report, runs
 from fasttx import device as devices
@@ -53,6 +53,10 @@ class MaskedTrainer(Trainer):
         batch = pack(ids, words, token_multiple=devices.token_multiple(self.device))
         return replace(batch, rows=torch.from_numpy(rows))
 
+    def loss(self, model: Any, batch: PackedBatch, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        with devices.autocast(self.device, self.config.precision):
+            return model(**batch.model_inputs(), labels=batch.labels, **inputs)
+
     @torch.inference_mode()
     def measure(self, examples: Examples) -> tuple[float, float]:
         """Mean loss and accuracy over the hidden words of `examples`, the same ones every time."""
@@ -63,11 +67,8 @@ class MaskedTrainer(Trainer):
             stream = (self.config.seed, self.processes.rank, number)
             batch = self.batch(examples, share[at], stream).to(self.device)
             assert batch.labels is not None
-            with devices.autocast(self.device, self.config.precision):
-                logits = self.model(**batch.model_inputs()).float()
-            loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-            right = (logits.argmax(-1) == batch.labels).sum()
-            totals += torch.tensor([loss.item(), right.item(), len(batch.labels)])
+            loss, correct = self.loss(self.model, batch)
+            totals += torch.tensor([loss.item(), correct.item(), len(batch.labels)])
         loss_sum, correct, count = self.processes.sum(totals).tolist()
         return loss_sum / max(1, count), correct / max(1, count)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fasttx import device as devices
 from fasttx.attention.dropout import forward_seed
@@ -246,19 +246,25 @@ class Trainer:
         assert labels is not None
         seed = forward_seed(config.seed, progress.micro_step, processes.rank)
         torch.manual_seed(seed)  # for backends that draw from torch's generator
-        with devices.autocast(self.device, config.precision):
-            at = self._upload(torch.tensor(seed))
-            logits = self.module(**batch.model_inputs(), seed=at)
-        smoothing = config.label_smoothing
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
-        loss = loss * (len(mine) / max(1, len(labels)))  # several labels a text: their mean
+        loss, correct = self.loss(self.module, batch, seed=self._upload(torch.tensor(seed)))
+        share = len(mine) / max(1, len(labels))  # several labels a text: their mean
+        loss = loss * share
         # DDP averages the gradients of its processes; the sum over the group's reviews is wanted.
         self.scaler.scale(loss * (processes.world / reviews)).backward()
         progress.micro_step += 1
         with torch.no_grad():
-            correct = (logits.argmax(-1) == labels).sum() * (len(mine) / max(1, len(labels)))
+            correct = correct * share
             count = torch.full_like(correct, len(mine))
             self._totals += torch.stack([loss.detach(), correct, count])
+
+    def loss(self, model: Any, batch: PackedBatch, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a batch on the device: the sum of its losses, and how many labels are right."""
+        assert batch.labels is not None
+        with devices.autocast(self.device, self.config.precision):
+            logits = model(**batch.model_inputs(), **inputs).float()
+        smoothing = self.config.label_smoothing
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing, reduction="sum")
+        return loss, (logits.argmax(-1) == batch.labels).sum()
 
     def batch(
         self, examples: Examples, indices: np.ndarray, stream: tuple[int, ...]

@@ -16,6 +16,7 @@ import train
 from fasttx import cli, data
 from fasttx.checkpoint import CheckpointError, load_encoder, load_state, save_state
 from fasttx.config import ModelConfig, PretrainConfig, TrainConfig
+from fasttx.linear_cross_entropy import linear_cross_entropy
 from fasttx.masked_lm import MaskedLanguageModel, mask_words
 from fasttx.model import TransformerClassifier
 from fasttx.packing import RaggedIds, pack
@@ -117,6 +118,60 @@ def test_encoder_weights_move_between_heads(tmp_path: Path) -> None:
     )
     for name, value in classifier.head.state_dict().items():
         assert torch.equal(value, head[name])
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def head_inputs() -> tuple[torch.Tensor, ...]:
+    x = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    return x, weight, bias, torch.randint(50, (23,))
+
+
+@pytest.mark.parametrize("chunk", [1, 50 * 7, 2**20])  # a row at a time, 7 and a rest, all at once
+def test_linear_cross_entropy_is_torchs(monkeypatch, head_inputs, chunk: int) -> None:
+    monkeypatch.setattr("fasttx.linear_cross_entropy.CPU_CHUNK", chunk)
+    *inputs, labels = head_inputs
+    loss, correct = linear_cross_entropy(*inputs, labels)
+    logits = F.linear(*inputs)
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert correct == (logits.argmax(1) == labels).sum()
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * expected, inputs)
+    )
+    assert torch.autograd.gradcheck(lambda *i: linear_cross_entropy(*i, labels)[0], inputs)
+
+
+def test_linear_cross_entropy_under_autocast(head_inputs) -> None:
+    *inputs, labels = (t.detach().float() if t.is_floating_point() else t for t in head_inputs)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = linear_cross_entropy(*inputs, labels)
+    gradients = torch.autograd.grad(loss, inputs)
+    expected = F.cross_entropy(F.linear(*inputs), labels, reduction="sum")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0.01, atol=0.0)
+    for found, exact in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+        assert found.dtype == torch.float32
+        assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+def test_linear_cross_entropy_without_gradients_or_rows(head_inputs) -> None:
+    *inputs, labels = head_inputs
+    with torch.inference_mode():
+        loss, _ = linear_cross_entropy(*inputs, labels)
+    torch.testing.assert_close(loss, linear_cross_entropy(*inputs, labels)[0].detach())
+    x, weight, bias = inputs
+    loss, correct = linear_cross_entropy(x[:0], weight, bias, labels[:0])
+    loss.backward()
+    assert loss == correct == 0
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""Cross-entropy over a vocabulary without its (rows, vocabulary) logits in float32.
+
+The last product and the loss are one operation, in chunks of rows that stay in the cache; the
+gradient is known as soon as a chunk's logits are, as in the Cut Cross-Entropy of Wijmans et al.
+(2024) and the fused linear cross-entropy of Liger-Kernel (Hsu et al., 2024).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits of a chunk: on a CPU as many as stay in its cache, elsewhere as many as keep it busy.
+CPU_CHUNK, CHUNK = 2**20, 2**25
+
+
+@torch.compiler.disable
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sum over rows of -log softmax(x @ weight.T + bias)[label], and how many rows have
+    their label on top.
+
+    x (M, d), weight (V, d), bias (V,), floating; labels (M,) int64 -> () float32 (float64 for
+    float64 inputs), () int64. Under autocast the products are in its dtype, the loss in float32.
+    Differentiable once in x, weight and bias.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return _LinearCrossEntropy.apply(x, weight, bias, labels, dtype, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, dtype: torch.dtype,
+        training: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        precise = torch.promote_types(dtype, torch.float32)
+        loss = torch.zeros((), dtype=precise, device=x.device)
+        correct = torch.zeros((), dtype=torch.int64, device=x.device)
+        dlogits = x.new_empty((len(x), len(weight)) if training else (0,), dtype=dtype)
+        step = max(1, (CPU_CHUNK if x.device.type == "cpu" else CHUNK) // len(weight))
+        with torch.autocast(x.device.type, enabled=False):
+            xs, w, b = x.to(dtype), weight.to(dtype), bias.to(dtype)
+            for i in range(0, len(x), step):
+                label = labels[i : i + step, None]
+                log_p = F.log_softmax(F.linear(xs[i : i + step], w, b), -1, dtype=precise)
+                loss -= log_p.gather(1, label).sum()
+                correct += (log_p.argmax(1, keepdim=True) == label).sum()
+                if training:  # softmax(logits) - one_hot(label)
+                    p = log_p.exp_()
+                    p.scatter_add_(1, label, p.new_full(label.shape, -1))
+                    dlogits[i : i + step] = p
+            if training:
+                gradients = dlogits @ w, dlogits.t() @ xs, dlogits.sum(0, dtype=precise)
+                ctx.save_for_backward(*gradients)
+                ctx.dtypes = x.dtype, weight.dtype, bias.dtype
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (
+            g.to(dtype) * grad.to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*gradients, None, None, None)
