@@ -89,11 +89,15 @@ class TextClassifier:
         ids = self.tokenizer.encode_batch(texts)
         return ids.truncate(self.model.config.max_len, self.truncation)
 
+    def read(self, ids: RaggedIds) -> tuple[RaggedIds, np.ndarray | None]:
+        """What the model reads of the whole texts `ids`: see the function `read`."""
+        return read(ids, self.model.config.max_len, self.truncation, self.long_texts)
+
     def logits(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
         """(texts, num_classes) fp32 on the CPU."""
         ids = self.tokenizer.encode_batch(texts)
-        read_ids, owner = read(ids, self.model.config.max_len, self.truncation, self.long_texts)
-        logits = predict_logits(self.model, read_ids, self.device, batch_size=batch_size)
+        windows, owner = self.read(ids)
+        logits = predict_logits(self.model, windows, self.device, batch_size=batch_size)
         return mean_of_windows(logits, owner)
 
     def predict(self, texts: Sequence[str], *, batch_size: int = 64) -> list[Prediction]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 import random
@@ -382,6 +383,29 @@ def test_explain_tells_what_was_not_read(finished: Path) -> None:
         assert "[32 words not read]" in explain.shaded(found)
         plain = explain.coloured(found).split("[32 words not read]")
         assert len(plain) == 2 and len(plain[0].split()) == at
+
+
+def test_explain_reads_a_long_text_as_it_is_predicted(finished: Path) -> None:
+    cut = fasttx.load(finished, device="cpu", attn_backend="sdpa")
+    classifier = replace(cut, long_texts="windows")
+    words = [[*(f"w{i}" for i in range(n)), *["k2"] * (40 - n)] for n in (30, 10, 30)]  # windows
+    text = " ".join(itertools.chain(*words))
+    found = attributions.explain(classifier, text)
+    predicted = classifier.predict([text])[0]
+    assert found.words == tuple(text.split()) and not found.words_left_out
+    assert found.probability == pytest.approx(predicted.probability, abs=1e-6)
+    difference = found.margin - found.baseline_margin  # of the averaged logits
+    assert abs(found.gap) <= attributions.TOLERANCE * max(1, abs(difference))
+    logits = classifier.logits([text])[0].sort(descending=True).values
+    assert found.margin == pytest.approx(float(logits[0] - logits[1]), abs=1e-5)
+    # A third of what the word says where the second of the three windows is all there is.
+    assert found.label == LABELS[2] and found.words[found.attributions.argmax()] == "k2"
+    alone = attributions.explain(cut, " ".join(found.words[40:80]))
+    assert alone.label == found.label
+    np.testing.assert_allclose(found.attributions[40:80], alone.attributions / 3, atol=0.02)
+    assert found.mapped == range(40, 80)
+    np.testing.assert_allclose(found.attention, alone.attention, atol=1e-5)
+    assert "its words 41 to 80" in explain.html(found, "run")
 
 
 def test_explain_a_text_without_words(finished: Path) -> None:

@@ -1,6 +1,7 @@
 """Why one text got its label: integrated gradients of its words, and where each head looked.
 
-Shapes: n words of the text (after truncation), d d_model, S points of the path.
+Shapes: n words of the text that the model reads, m of them in the window whose attention is shown
+(all of a text that it reads at once), d d_model, S points of the path.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Explanation:
     margin: float
     baseline_margin: float  # of as many unknown words
     points: int  # of the path, that the integral was taken on
-    attention: np.ndarray  # (layers, heads, n, n): rows look, columns are looked at
+    attention: np.ndarray  # (layers, heads, m, m): rows look, columns are looked at
+    mapped: range  # which m words
     words_left_out: int  # by truncation
     left_out_at: int  # before which word
 
@@ -119,38 +121,46 @@ def _mean_gradient(
 def explain(classifier: TextClassifier, text: str) -> Explanation:
     """The likeliest label of `text`, what each word contributed, and the attention weights.
 
+    Of a text that the model reads in windows, whose logits are averaged, a word contributes its
+    part of its window's margin, and the maps are of the window that speaks most for the label.
     Raises ValueError for a model of one class, which decides nothing.
     """
     model, names = classifier.model.eval(), classifier.label_names
     if len(names) < 2:
         raise ValueError(f"the model knows the label {names[0]!r} only; expected at least two")
     every_word = classifier.tokenizer.tokenize(text)
-    # Indices instead of ids, through the same truncation: which words are kept.
-    places = RaggedIds.from_lists([range(len(every_word))])
-    kept = places.truncate(model.config.max_len, classifier.truncation)[0].tolist()
-    ids = classifier.encode([text])
+    windows, _ = classifier.read(classifier.tokenizer.encode_batch([text]))
+    # Indices instead of ids, through the same reading: which words are kept.
+    places, _ = classifier.read(RaggedIds.from_lists([range(len(every_word))]))
+    kept = places.values.tolist()
     with torch.no_grad():
-        batch = pack(ids).to(classifier.device)
-        logits, weights = model(**batch.model_inputs(), return_attention=True)
-    n = len(kept)
-    order = logits[0].float().argsort(descending=True, stable=True).tolist()
+        batch = pack(windows).to(classifier.device)
+        every_logits, weights = model(**batch.model_inputs(), return_attention=True)
+    logits = every_logits.double().mean(0)
+    order = logits.argsort(descending=True, stable=True).tolist()
     target, rival = order[0], order[1]
-    attributions, margin, baseline_margin, points = (
-        integrated_gradients(model, ids[0], target, rival) if n else (np.zeros(0), 0.0, 0.0, 0)
-    )
-    attention = [w[0, :, :n, :n].float().cpu().numpy() for w in weights]
-    jump = next((i for i, k in enumerate(kept) if k != i), n)
+    margins = (every_logits[:, target] - every_logits[:, rival]).tolist()
+    shown = int(np.argmax(margins))
+    parts = [
+        integrated_gradients(model, window, target, rival)
+        for window in (windows[i] for i in range(len(windows)))
+        if len(window)
+    ] or [(np.zeros(0), 0.0, 0.0, 0)]
+    attributions, margin, baseline_margin, points = zip(*parts, strict=True)
+    n = int(windows.lengths[shown])
+    attention = [w[shown, :, :n, :n].float().cpu().numpy() for w in weights]
     return Explanation(
         label=names[target],
-        probability=float(logits[0].double().softmax(-1)[target]),
+        probability=float(logits.softmax(-1)[target]),
         rival=names[rival],
         words=tuple(every_word[k] for k in kept),
-        known=ids[0] != UNK_ID,
-        attributions=attributions,
-        margin=margin,
-        baseline_margin=baseline_margin,
-        points=points,
+        known=windows.values != UNK_ID,
+        attributions=np.concatenate(attributions) / len(parts),
+        margin=float(np.mean(margin)),
+        baseline_margin=float(np.mean(baseline_margin)),
+        points=max(points),
         attention=np.stack(attention) if attention else np.zeros((0, 0, n, n), np.float32),
-        words_left_out=len(every_word) - n,
-        left_out_at=jump,
+        mapped=range(int(windows.offsets[shown]), int(windows.offsets[shown + 1])),
+        words_left_out=len(every_word) - len(kept),
+        left_out_at=next((i for i, k in enumerate(kept) if k != i), len(kept)),
     )

@@ -132,13 +132,15 @@ def attention(
     """The maps of one text; nothing for a model without layers and for a text without words."""
     if not found.attention.size:
         return ""
-    drawn = draw(name, f"{what}: attention maps", plots.attention_maps, found.attention,
-                 found.words)  # fmt: skip
-    n = len(found.words)
-    words = f"its {n} words" if n <= plots.MOST_WORDS else (
-        f"the {plots.MOST_WORDS} of its {n} words that receive most attention, in their order"
+    words = [found.words[i] for i in found.mapped]
+    drawn = draw(name, f"{what}: attention maps", plots.attention_maps, found.attention, words)
+    n = len(words)
+    which = f"its {n} words" if n == len(found.words) else (
+        f"its words {found.mapped.start + 1} to {found.mapped.stop}, the window that says most"
     )  # fmt: skip
-    heading = f"{what}: {found.label}, {percent(found.probability)} sure; {words}"
+    if n > plots.MOST_WORDS:
+        which = f"of {which}, the {plots.MOST_WORDS} that receive most attention, in their order"
+    heading = f"{what}: {found.label}, {percent(found.probability)} sure; {which}"
     heads = found.attention.shape[1]
     return (
         f"<h3>{escaped(heading)}</h3>"
