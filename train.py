@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from fasttx import cli, data, distributed, metrics, report, runs
+from fasttx import cli, data, distributed, report, runs
 from fasttx.checkpoint import CLASSIFICATION, RunConfig, RunFolder, load_encoder
 from fasttx.files import write_json_atomic
 from fasttx.model import TransformerClassifier
-from fasttx.predictions import Predictions
-from fasttx.trainer import Interrupted, Trainer
+from fasttx.trainer import Interrupted
 
 log = logging.getLogger("fasttx")
 
@@ -71,23 +70,12 @@ def train(run: runs.Run, processes: distributed.Processes) -> int:
     if config.init_from and not run.folder.last.exists():
         log.info("encoder    starts from %s", config.init_from)
         load_encoder(model, RunFolder(Path(config.init_from)).best_model)
-    trainer = Trainer(model, run.config, run.folder, run.device, processes)
     try:
-        progress = runs.fit(trainer, run.train, run.validation, quiet=not processes.main)
+        results = runs.train_and_test(run, model, processes)
     except Interrupted:
         log.info("stopped and saved; go on with: python train.py --resume %s", run.folder.path)
         return 130
-
-    # The epoch was chosen on the validation split; the test split is touched here, once.
-    best = trainer.restore_best()
-    log.info("\n%s\n", report.epoch_table(progress.history, best["epoch"]))
-    log.info("measuring on the %s test reviews ...", f"{len(run.test):,}")
-    predictions = Predictions(trainer.predict(run.test), run.test.labels)
-    test = predictions.metrics
-    log.info("%s", metrics.format_metrics(test, list(run.config.label_names)))
     if processes.main:
-        predictions.save(run.folder.test_predictions)
-        results = report.results(run.config, progress, test, model, run.device)
         write_json_atomic(run.folder.results, results)
         log.info("\n%s", report.closing(results, run.folder))
     return 0

@@ -24,7 +24,7 @@ from fasttx.distributed import Processes
 from fasttx.files import write_json_atomic
 from fasttx.lstm import LSTMClassifier
 from fasttx.metrics import Metrics, classification_metrics, format_metrics
-from fasttx.trainer import Interrupted, Trainer
+from fasttx.trainer import Interrupted
 
 log = logging.getLogger("fasttx")
 
@@ -209,15 +209,7 @@ def train_lstm(run: runs.Run, *, quiet: bool = False) -> dict[str, Any]:
     model = LSTMClassifier(run.config.train.model).to(run.device)
     log.info("%s", _lstm_heading(run, model))
     log.info("%s", report.label_table(run.config.dataset["label_counts"]))
-    trainer = Trainer(model, run.config, run.folder, run.device, Processes())
-    progress = runs.fit(trainer, run.train, run.validation, quiet=quiet)
-
-    # The epoch was chosen on the validation split; the test split is touched here, once.
-    best = trainer.restore_best()
-    log.info("\n%s\n", report.epoch_table(progress.history, best["epoch"]))
-    test = trainer.evaluate(run.test)
-    log.info("%s", format_metrics(test, list(run.config.label_names)))
-    measured = report.results(run.config, progress, test, model, run.device)
+    measured = runs.train_and_test(run, model, Processes(), quiet=quiet)
     of_transformers = ("attn_backend", "mps", "recipe")
     results = {
         "baseline": LSTM,
@@ -228,8 +220,9 @@ def train_lstm(run: runs.Run, *, quiet: bool = False) -> dict[str, Any]:
     log.info(
         "\n%s: test accuracy %.2f%% on %s texts (epoch %d, chosen by validation accuracy %.2f%%)\n"
         "trained at %.1f samples/s; %s",
-        run.config.dataset["name"], 100 * test.accuracy, f"{len(run.test):,}", best["epoch"],
-        100 * best["val_accuracy"], results["samples_per_second"], run.folder.results,
+        run.config.dataset["name"], 100 * results["test_accuracy"], f"{len(run.test):,}",
+        results["best_epoch"], 100 * results["val_accuracy"], results["samples_per_second"],
+        run.folder.results,
     )  # fmt: skip
     return results
 

@@ -1,4 +1,4 @@
-"""Opening a run: a new one from settings, or one to go on with."""
+"""A run from end to end: opened, new or to go on with, trained, measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from fasttx.checkpoint import (
 from fasttx.classifier import read
 from fasttx.config import ENCODER_SHAPE, ConfigError, TrainConfig
 from fasttx.distributed import Processes
+from fasttx.metrics import format_metrics
 from fasttx.packing import RaggedIds
+from fasttx.predictions import Predictions
 from fasttx.token_cache import encode_cached
 from fasttx.tokenizer import Tokenizer
 from fasttx.trainer import Examples, Trainer
@@ -139,6 +141,26 @@ def fit(
         return trainer.fit(train, validation, display.on_batch, display.on_epoch)
     finally:
         display.close()
+
+
+def train_and_test(
+    run: Run, model: torch.nn.Module, processes: Processes, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Train a classifier from where its run stands to its end, and measure it on the test split.
+
+    Saves what it answers there. What results.json is to hold; raises as `fit`.
+    """
+    trainer = Trainer(model, run.config, run.folder, run.device, processes)
+    progress = fit(trainer, run.train, run.validation, quiet=quiet or not processes.main)
+    # The epoch was chosen on the validation split; the test split is touched here, once.
+    best = trainer.restore_best()
+    log.info("\n%s\n", report.epoch_table(progress.history, best["epoch"]))
+    log.info("measuring on the %s test reviews ...", f"{len(run.test):,}")
+    predictions = Predictions(trainer.predict(run.test), run.test.labels)
+    log.info("%s", format_metrics(predictions.metrics, list(run.config.label_names)))
+    if processes.main:
+        predictions.save(run.folder.test_predictions)
+    return report.results(run.config, progress, predictions.metrics, model, run.device)
 
 
 def resume(folder: RunFolder, run: RunConfig, processes: Processes) -> Run:
