@@ -69,13 +69,17 @@ class ProgressDisplay:
         self.bar: Any = None
         self.terminal = sys.stderr.isatty() and not quiet
         self.epoch = -1
-        self.done = self.start = 0  # reviews of this epoch: by now, and when this process began it
+        self.headed = False
+        # Reviews of this epoch: by now, and after the first batch that this process saw, from
+        # whose end on it takes the time.
+        self.done = self.start = 0
         self.since = self.last = time.perf_counter()
 
     def _begin(self, progress: Progress, reviews: int) -> None:
         self.epoch = progress.epoch
-        self.done = self.start = progress.samples - self.epoch * self.reviews - reviews
-        self.since = time.perf_counter()
+        self.done = progress.samples - self.epoch * self.reviews - reviews
+        self.start = self.done + reviews
+        self.since = self.last = time.perf_counter()
         if self.terminal:
             try:
                 from tqdm import tqdm
@@ -104,8 +108,9 @@ class ProgressDisplay:
 
     def on_epoch(self, row: Mapping[str, Any]) -> None:
         self.close()
-        if row["epoch"] == 1:
+        if not self.headed:
             log.info(_EPOCH_HEAD)
+        self.headed = True
         log.info(epoch_line(row))
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fasttx import report
 from fasttx.checkpoint import CheckpointError, Progress, RunConfig, RunFolder, load_state
 from fasttx.classifier import predict_logits
 from fasttx.config import ModelConfig, TrainConfig
@@ -300,3 +301,27 @@ def test_fused_steps_are_tried(monkeypatch):
 
     monkeypatch.setattr(torch.optim.SGD, "step", careless)
     assert not device.fused_steps_heed_overflow.__wrapped__(cpu)
+
+
+def test_progress_lines_tell_the_rate_and_the_time_left(monkeypatch, caplog) -> None:
+    """10 reviews a second, an epoch of 100, from the middle of its first one on."""
+    progress = Progress(samples=50)
+    monkeypatch.setattr("fasttx.report.time.perf_counter", lambda: progress.samples / 10)
+    display = report.ProgressDisplay(2, 100, seconds=3.0)
+    row = {"train_loss": 0.5, "train_accuracy": 0.8, "val_loss": 0.4, "val_accuracy": 0.9,
+           "seconds": 10.0, "samples_per_second": 10.0}  # fmt: skip
+    with caplog.at_level("INFO", "fasttx"):
+        while progress.epoch < 2:
+            for _ in range((100 * (progress.epoch + 1) - progress.samples) // 10):
+                progress.samples += 10
+                display.on_batch(progress, 10)
+            display.on_epoch({**row, "epoch": progress.epoch + 1})
+            progress.epoch += 1
+    rates = [line for line in caplog.messages if "samples/s" in line and "left" in line]
+    assert rates == [
+        "epoch 1/2  90 of 100 reviews  10.0 samples/s  0:11 left",
+        "epoch 2/2  40 of 100 reviews  10.0 samples/s  0:06 left",
+        "epoch 2/2  70 of 100 reviews  10.0 samples/s  0:03 left",
+        "epoch 2/2  100 of 100 reviews  10.0 samples/s  0:00 left",
+    ]
+    assert [line.split()[0] for line in caplog.messages if line not in rates] == ["epoch", "1", "2"]
