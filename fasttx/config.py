@@ -219,6 +219,9 @@ class TrainConfig:
 class PretrainConfig(TrainConfig):
     """One run of masked-language-model pretraining; settings that need labels have no effect."""
 
+    unlabelled: bool = setting(
+        True, "learn from the texts without labels too, not only from train's", group="data"
+    )
     mask_share: float = setting(
         0.15, "share of the words that are hidden and to be named", group="optimisation"
     )

@@ -109,12 +109,14 @@ def load(config: TrainConfig) -> TextDataset:
 
 
 def load_texts(
-    name: str, *, text_column: str | None = None, label_column: str | None = None
-) -> tuple[list[str], list[str]]:
-    """All texts one may pretrain on, train's and those without labels, never validation's or
-    test's; and notes on where they come from. `name` as `resolve` gives it. Raises DataError."""
+    name: str, *, text_column: str | None = None, label_column: str | None = None,
+    unlabelled: bool = True,
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """All texts one may pretrain on, train's and (`unlabelled`) those without labels, never
+    validation's or test's; and notes on where they come from. `name` as `resolve` gives it.
+    Raises DataError."""
     corpus = read_corpus(name, text_column, label_column)
-    reads: dict[str, Callable[[], list[str]]] = {**corpus.unlabelled}
+    reads: dict[str, Callable[[], list[str]]] = {**corpus.unlabelled} if unlabelled else {}
     if train := corpus.splits.get("train"):
         reads = {f"{corpus.where} (train)": lambda: train().texts, **reads}
     texts, notes = [], []
@@ -123,7 +125,8 @@ def load_texts(
         texts += found
         notes.append(f"{len(found):,} texts of {where}")
     if not texts:
-        raise DataError(f"{corpus.where} has neither a train split nor unlabelled texts")
+        kinds = "neither a train split nor unlabelled texts" if unlabelled else "no train split"
+        raise DataError(f"{corpus.where} has {kinds}")
     return texts, notes
 
 

@@ -76,8 +76,9 @@ class MaskedTrainer(Trainer):
 def _splits(config: PretrainConfig) -> tuple[list[str], list[str], list[str]]:
     """Texts to train on, texts held out, and notes. Pure functions of the seed."""
     texts, notes = data.load_texts(
-        config.dataset, text_column=config.text_column, label_column=config.label_column
-    )
+        config.dataset, text_column=config.text_column, label_column=config.label_column,
+        unlabelled=config.unlabelled,
+    )  # fmt: skip
     order = np.random.default_rng([config.seed, _HELD_OUT_STREAM]).permutation(len(texts))
     held_out = min(HELD_OUT, len(texts) // 10)
     if not held_out:

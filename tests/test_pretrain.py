@@ -276,6 +276,7 @@ def test_texts_are_those_of_train_and_the_unlabelled_ones(tmp_path: Path) -> Non
     assert sorted(texts) == ["a", "b", "c", "d"]
     assert any("2 texts" in note and "train" in note for note in notes)
     assert any("1 texts" in note and "unsupervised.jsonl" in note for note in notes)
+    assert data.load_texts(str(tmp_path), unlabelled=False)[0] == ["a", "b"]
 
 
 def test_texts_of_the_original_archive(tmp_path: Path) -> None:
@@ -293,6 +294,8 @@ def test_unlabelled_texts_alone(tmp_path: Path) -> None:
     texts, notes = data.load_texts(str(tmp_path))
     assert texts == ["a", "b"]
     assert len(notes) == 1
+    with pytest.raises(data.DataError, match="has no train split"):
+        data.load_texts(str(tmp_path), unlabelled=False)
     with pytest.raises(data.DataError, match="has no train split"):
         data.load(TrainConfig(dataset=str(tmp_path)))
 
