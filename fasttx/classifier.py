@@ -34,7 +34,7 @@ def predict_logits(
     model.eval()
     rows: list[tuple[np.ndarray, Tensor]] = []
     for indices in by_length(ids, batch_size):
-        multiple = devices.token_multiple(device)
+        multiple = devices.token_multiple(device, precision)
         batch = pack(ids.select(indices), token_multiple=multiple).to(device)
         with devices.autocast(device, precision):
             rows.append((indices, model(**batch.model_inputs()).float()))

@@ -271,7 +271,7 @@ class Trainer:
     ) -> PackedBatch:
         """What the model is trained on; its random numbers are a pure function of `stream`."""
         ids = drop_words(examples.ids.select(indices), self.config.word_dropout, stream)
-        multiple = devices.token_multiple(self.device)
+        multiple = devices.token_multiple(self.device, self.config.precision)
         return pack(ids, examples.labels[indices], token_multiple=multiple)
 
     def _end_epoch(self, validation: Examples) -> dict[str, Any]:

@@ -14,13 +14,23 @@ import torch.nn.functional as F
 import fasttx
 import train
 from fasttx import cli, data
-from fasttx.checkpoint import CheckpointError, load_encoder, load_state, save_state
+from fasttx.checkpoint import (
+    CheckpointError,
+    RunConfig,
+    RunFolder,
+    load_encoder,
+    load_state,
+    save_state,
+)
 from fasttx.config import ModelConfig, PretrainConfig, TrainConfig
+from fasttx.distributed import Processes
 from fasttx.linear_cross_entropy import linear_cross_entropy
 from fasttx.masked_lm import MaskedLanguageModel, mask_words
 from fasttx.model import TransformerClassifier
 from fasttx.packing import RaggedIds, pack
+from fasttx.pretrain import MaskedTrainer
 from fasttx.tokenizer import UNK_ID
+from fasttx.trainer import Examples
 
 MODEL = ModelConfig(
     vocab_size=50, d_model=32, num_heads=4, num_layers=2, d_ff=64, max_len=40,
@@ -205,8 +215,6 @@ def test_an_unbroken_run_and_a_resumed_one_are_the_same(tmp_path: Path, monkeypa
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cli.main(["pretrain", *QUICK, "--out", str(whole)]) == 0
 
-    from fasttx.pretrain import MaskedTrainer
-
     step, calls = MaskedTrainer._step, iter(range(1000))
 
     def until_interrupted(self, *arguments):
@@ -258,6 +266,30 @@ def test_resume_on_other_texts_is_refused(tmp_path: Path, capsys) -> None:
 def test_a_share_that_cannot_be_is_refused() -> None:
     with pytest.raises(fasttx.config.ConfigError, match="mask_share is 1"):
         PretrainConfig(mask_share=1.0)
+
+
+def test_batches_come_in_few_sizes_where_shapes_are_kept(tmp_path: Path) -> None:
+    """torch keeps a kernel for every shape of a bfloat16 product on a CPU."""
+    examples = Examples(ragged(), np.zeros(400, dtype=np.int64))
+
+    def sizes(precision: str) -> tuple[set[int], set[int]]:
+        config = PretrainConfig(precision=precision, model=MODEL)
+        run = RunConfig(config, "reference", "cpu", (), {})
+        trainer = MaskedTrainer(
+            MaskedLanguageModel(MODEL), run, RunFolder(tmp_path), torch.device("cpu"), Processes()
+        )
+        batches = [trainer.batch(examples, np.arange(i, i + 60), (0, i)) for i in range(0, 300, 20)]
+        for batch in batches:
+            assert batch.rows is not None and batch.labels is not None
+            assert len(batch.rows) == len(batch.labels)
+        return {len(b.input_ids) for b in batches}, {len(b.labels) for b in batches}  # type: ignore[arg-type]
+
+    tokens, words = sizes("bf16")
+    assert all(n % 128 == 0 for n in tokens)
+    assert all(n % 32 == 0 and n for n in words)
+    tokens, words = sizes("fp32")
+    assert any(n % 128 for n in tokens)
+    assert any(n % 32 for n in words)
 
 
 # --- the texts ------------------------------------------------------------------------------------

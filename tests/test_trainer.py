@@ -235,7 +235,7 @@ def test_rounding_batches_up_changes_no_result(tmp_path, examples, monkeypatch):
     plain = make_trainer(tmp_path / "plain", **settings)
     plain.fit(examples, examples)
     shapes = set()
-    monkeypatch.setattr("fasttx.device.token_multiple", lambda device: 64)
+    monkeypatch.setattr("fasttx.device.token_multiple", lambda device, precision: 64)
     rounded = make_trainer(tmp_path / "rounded", **settings)
     rounded.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.add(len(kwargs["input_ids"])), with_kwargs=True
