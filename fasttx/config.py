@@ -270,7 +270,9 @@ RECIPES: dict[str, TrainConfig] = {
     # All of IMDB.
     "full": _FULL,
     # The same from an encoder that `fasttx pretrain` has trained (--init-from).
-    "finetune": dataclasses.replace(_FULL, lr=3e-4, epochs=2),
+    "finetune": dataclasses.replace(
+        _FULL, lr=3e-4, epochs=4, model=dataclasses.replace(_FULL.model, dropout=0.1)
+    ),
     # The built-in corpus: minutes on two cores.
     "demo": TrainConfig(
         dataset="demo",
