@@ -125,8 +125,12 @@ def load_texts(
         texts += found
         notes.append(f"{len(found):,} texts of {where}")
     if not texts:
-        kinds = "neither a train split nor unlabelled texts" if unlabelled else "no train split"
-        raise DataError(f"{corpus.where} has {kinds}")
+        if unlabelled:
+            raise DataError(f"{corpus.where} has neither a train split nor unlabelled texts")
+        raise DataError(
+            f"{corpus.where} has no train split, and its unlabelled texts were not asked for; "
+            "leave out --no-unlabelled, or add a train split"
+        )
     return texts, notes
 
 

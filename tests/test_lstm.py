@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from fasttx.config import RECIPES, ModelConfig, TrainConfig
 from fasttx.distributed import Processes
 from fasttx.lstm import LSTMClassifier
 from fasttx.model import TransformerClassifier
+from fasttx.predictions import Predictions
 from fasttx.trainer import Trainer
 
 CONFIG = ModelConfig(
@@ -206,3 +208,5 @@ def test_it_learns_what_needs_word_order(tmp_path: Path) -> None:
     folder = runs.new_folder(tmp_path / "run", "lstm", Processes())
     results = baselines.train_lstm(runs.create(config, "lstm", folder, dataset, Processes()))
     assert results["test_accuracy"] == 1.0
+    kept = Predictions.load(folder.test_predictions, 2)
+    assert np.array_equal(kept.predicted, split.labels)

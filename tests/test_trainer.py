@@ -247,6 +247,19 @@ def test_rounding_batches_up_changes_no_result(tmp_path, examples, monkeypatch):
     assert mine["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-5)
 
 
+def test_bf16_on_a_cpu_meets_few_shapes(tmp_path, examples):
+    """Training and measuring alike: torch keeps a product for every shape that it meets."""
+    trainer = make_trainer(tmp_path / "run", epochs=1, batch_size=16, precision="bf16")
+    shapes = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append((module.training, len(kwargs["input_ids"]))),
+        with_kwargs=True,
+    )
+    trainer.fit(examples, examples)
+    assert {training for training, _ in shapes} == {True, False}
+    assert all(rows % 128 == 0 for _, rows in shapes)
+
+
 class Keeping(Uploads):
     """As on MPS, to the CPU."""
 
