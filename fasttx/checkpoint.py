@@ -59,6 +59,10 @@ class RunFolder:
         return self.path / "test_predictions.npz"
 
     @property
+    def pseudo_labels(self) -> Path:
+        return self.path / "pseudo_labels.npz"
+
+    @property
     def log(self) -> Path:
         return self.path / "train.log"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fasttx import baselines, flags, pretrain
+from fasttx import baselines, ensemble, flags, pretrain
 from fasttx import device as devices
 from fasttx.attention.registry import BACKENDS, BackendUnavailableError, resolve_name
 from fasttx.bag_of_words import BaselineError
@@ -253,6 +253,7 @@ def command_parser() -> argparse.ArgumentParser:
     html_report.add_command(commands)
     explain.add_command(commands)
     baselines.add_command(commands)
+    ensemble.add_command(commands)
     return parser
 
 

@@ -140,6 +140,13 @@ class TrainConfig:
         choices=("cut", "windows"),
     )
 
+    pseudo_labels: str | None = setting(
+        None,
+        "folder that `fasttx ensemble --pseudo-labels` wrote: train on the dataset's unlabelled "
+        "texts too, with the probabilities found there",
+        group="data",
+    )
+
     epochs: int = setting(5, "passes over the training split", group="optimisation")
     batch_size: int = setting(32, "reviews a step, over all processes", group="optimisation")
     grad_accumulation: int = setting(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fasttx.tables import NUMBER, DataError, Label, Rows, some
 
 __all__ = [
     "DataError", "Source", "Split", "TextDataset", "load", "load_for_evaluation", "load_texts",
-    "resolve", "texts_fingerprint",
+    "load_unlabelled", "resolve", "texts_fingerprint",
 ]  # fmt: skip
 
 PLAIN_NAMES = {"neg": "negative", "pos": "positive"}
@@ -119,11 +119,7 @@ def load_texts(
     reads: dict[str, Callable[[], list[str]]] = {**corpus.unlabelled} if unlabelled else {}
     if train := corpus.splits.get("train"):
         reads = {f"{corpus.where} (train)": lambda: train().texts, **reads}
-    texts, notes = [], []
-    for where, read in reads.items():
-        found = read()
-        texts += found
-        notes.append(f"{len(found):,} texts of {where}")
+    texts, notes = _read_all(reads)
     if not texts:
         if unlabelled:
             raise DataError(f"{corpus.where} has neither a train split nor unlabelled texts")
@@ -131,6 +127,28 @@ def load_texts(
             f"{corpus.where} has no train split, and its unlabelled texts were not asked for; "
             "leave out --no-unlabelled, or add a train split"
         )
+    return texts, notes
+
+
+def load_unlabelled(name: str, text_column: str | None = None) -> tuple[list[str], list[str]]:
+    """The texts without labels of a dataset, and notes on where they come from. Raises DataError
+    where it has none."""
+    corpus = read_corpus(name, text_column, None)
+    texts, notes = _read_all(corpus.unlabelled)
+    if not texts:
+        raise DataError(
+            f"{corpus.where} has no unlabelled texts; expected a file such as unsupervised.parquet "
+            "or unlabelled.csv beside those of train and test, or a folder train/unsup"
+        )
+    return texts, notes
+
+
+def _read_all(reads: Mapping[str, Callable[[], list[str]]]) -> tuple[list[str], list[str]]:
+    texts, notes = [], []
+    for where, read in reads.items():
+        found = read()
+        texts += found
+        notes.append(f"{len(found):,} texts of {where}")
     return texts, notes
 
 

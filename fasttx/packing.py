@@ -33,6 +33,14 @@ class RaggedIds:
         values = np.fromiter((i for s in sequences for i in s), np.int32, count=int(offsets[-1]))
         return cls(values, offsets)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[RaggedIds]) -> RaggedIds:
+        """The texts of all parts, one after the other."""
+        lengths = np.concatenate([part.lengths for part in parts])
+        offsets = np.append(np.zeros(1, dtype=np.int64), np.cumsum(lengths))
+        values = [part.values[part.offsets[0] : part.offsets[-1]] for part in parts]
+        return cls(np.concatenate(values), offsets)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -87,8 +95,9 @@ class PackedBatch:
     """B texts laid end to end in T rows; rows past `cu_seqlens[-1]` belong to nobody (a dead tail).
 
     input_ids (T,) int64, position_ids (T,) int32, cu_seqlens (B + 1,) int32,
-    max_seqlen an upper bound on the lengths (it affects speed only), labels (B,) int64 or None;
-    with `rows` (M,) int64 the labels (M,) are those of these rows, not of the texts.
+    max_seqlen an upper bound on the lengths (it affects speed only), labels (B,) int64, or (B, C)
+    float32, the probability of each class, or None; with `rows` (M,) int64 the labels (M,) are
+    those of these rows, not of the texts.
     """
 
     input_ids: Tensor
@@ -129,7 +138,8 @@ def pack(
     ids: RaggedIds, labels: np.ndarray | None = None, *, token_multiple: int = 1
 ) -> PackedBatch:
     """Lay `ids` end to end. T is rounded up to `token_multiple` with a dead tail of <PAD>,
-    for devices that compile or cache one program per shape."""
+    for devices that compile or cache one program per shape. labels: (B,) integers, or (B, C)
+    probabilities."""
     starts, lengths = ids.offsets[:-1], ids.lengths
     total = int(ids.offsets[-1])
     rows = -(-total // token_multiple) * token_multiple
@@ -137,12 +147,15 @@ def pack(
     input_ids[:total] = ids.values
     position_ids = np.zeros(rows, dtype=np.int32)
     position_ids[:total] = np.arange(total) - np.repeat(starts, lengths)
+    if labels is not None:
+        soft = np.issubdtype(np.asarray(labels).dtype, np.floating)
+        labels = np.asarray(labels, dtype=np.float32 if soft else np.int64)
     return PackedBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(position_ids),
         torch.from_numpy(ids.offsets.astype(np.int32)),
         int(lengths.max(initial=0)),
-        None if labels is None else torch.from_numpy(np.asarray(labels, dtype=np.int64)),
+        None if labels is None else torch.from_numpy(labels),
     )
 
 

@@ -1,10 +1,12 @@
-"""`test_predictions.npz`: what a finished run answered on its test split, for whoever looks closer.
+"""`test_predictions.npz`: what a finished run answered on its test split, for whoever looks closer;
+`pseudo_labels.npz`: what an ensemble says of texts without labels, for the next run to learn from.
 
 Shapes: n texts, C classes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,3 +74,52 @@ class Predictions:
                 "Delete it: `fasttx report` makes it again"
             ) from error
         return predictions
+
+
+@dataclass(frozen=True, eq=False)
+class PseudoLabels:
+    """probabilities (n, C) float32 of the classes `label_names`, one row a text; `texts` is the
+    SHA-256 of these texts in their order (`data.texts_fingerprint`)."""
+
+    probabilities: np.ndarray
+    label_names: tuple[str, ...]
+    texts: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of texts and probabilities, by which a resumed run knows them."""
+        rows = np.ascontiguousarray(self.probabilities, dtype="<f4").tobytes()
+        return hashlib.sha256(self.texts.encode() + rows).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Written whole or not at all; `numpy.load` reads it."""
+        with atomic_write(path) as f:
+            np.savez_compressed(
+                f, probabilities=self.probabilities.astype(np.float32),
+                label_names=np.array(self.label_names), texts=np.array(self.texts),
+            )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path) -> PseudoLabels:
+        """Raises CheckpointError for a file that is missing, damaged, or no probabilities."""
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                rows = found["probabilities"]
+                names = tuple(str(name) for name in found["label_names"].tolist())
+                texts = str(found["texts"])
+            if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != len(names):
+                raise ValueError(f"{rows.dtype} of shape {rows.shape} for {len(names)} classes")
+            if not (rows >= 0).all() or not np.allclose(rows.sum(1), 1, atol=1e-4):
+                raise ValueError("its rows are not probabilities")
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{path} does not exist. Make it: fasttx ensemble RUN ... --pseudo-labels --out "
+                f"{path.parent}"
+            ) from error
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError,
+                zipfile.BadZipFile) as error:  # fmt: skip
+            raise CheckpointError(
+                f"{path} holds no pseudo-labels, or is damaged or cut short ({error}). Make it "
+                "again: fasttx ensemble --pseudo-labels"
+            ) from error
+        return cls(rows, names, texts)

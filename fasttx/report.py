@@ -144,9 +144,12 @@ def heading(run: RunConfig, folder: RunFolder, device: torch.device) -> str:
     longer = t.truncation + (", measured in windows" if t.long_texts == "windows" else "")
     length = f"{m.max_len} tokens ({longer})"
     batch = t.batch_size * t.grad_accumulation
+    more = ""
+    if soft := run.dataset.get("pseudo_labels"):
+        more = f", and {soft['texts']:,} texts with the labels of {t.pseudo_labels}"
     return f"""\
 run        {folder.path}  (recipe {run.recipe}, seed {t.seed})
-data       {run.dataset["name"]}
+data       {run.dataset["name"]}{more}
 model      {model_size(m)}, {length}
 attention  {run.attn_backend}{auto} on {device}, {t.precision}, {torch.get_num_threads()} threads
 training   {t.epochs} epochs, batch {batch}, {t.optimizer} at {t.lr:g} ({t.schedule})"""

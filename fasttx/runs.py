@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fasttx import data, report
@@ -27,7 +28,7 @@ from fasttx.config import ENCODER_SHAPE, ConfigError, TrainConfig
 from fasttx.distributed import Processes
 from fasttx.metrics import format_metrics
 from fasttx.packing import RaggedIds
-from fasttx.predictions import Predictions
+from fasttx.predictions import Predictions, PseudoLabels
 from fasttx.token_cache import encode_cached
 from fasttx.tokenizer import Tokenizer
 from fasttx.trainer import Examples, Trainer
@@ -117,15 +118,48 @@ def create(
     else:
         config = replace(config, init_from=os.path.abspath(config.init_from))
         tokenizer = _tokenizer_to_start_from(config)
-    run = RunConfig(
-        config, backend, device.type, tuple(dataset.label_names), describe(dataset), recipe
-    )
+    described = describe(dataset)
+    soft = None
+    if config.pseudo_labels is not None:
+        config = replace(config, pseudo_labels=os.path.abspath(config.pseudo_labels))
+        soft = _load_pseudo_labels(config, dataset)
+        described["pseudo_labels"] = soft.describe()
+    run = RunConfig(config, backend, device.type, tuple(dataset.label_names), described, recipe)
     processes.barrier()  # everybody has seen that the folder is new
     if processes.main:
         folder.path.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder.tokenizer)
         run.save(folder.config)
-    return _open(folder, run, device, tokenizer, dataset)
+    return _open(folder, run, device, tokenizer, dataset, soft)
+
+
+@dataclass(frozen=True, eq=False)
+class _SoftlyLabelled:
+    """The unlabelled texts of a dataset, with what an ensemble says of them."""
+
+    texts: list[str]
+    labels: PseudoLabels
+
+    def describe(self) -> dict[str, Any]:
+        return {"texts": len(self.texts), "fingerprint": self.labels.fingerprint}
+
+
+def _load_pseudo_labels(config: TrainConfig, dataset: data.TextDataset) -> _SoftlyLabelled:
+    """Raises DataError, and CheckpointError for labels of other texts or other classes."""
+    path = RunFolder(Path(str(config.pseudo_labels))).pseudo_labels
+    labels = PseudoLabels.load(path)
+    texts, _ = data.load_unlabelled(config.dataset, config.text_column)
+    if labels.texts != data.texts_fingerprint(texts):
+        raise CheckpointError(
+            f"{path} labels other texts than the {len(texts):,} unlabelled ones that "
+            f"{config.dataset!r} holds now. Make it again: fasttx ensemble --pseudo-labels"
+        )
+    if list(labels.label_names) != dataset.label_names:
+        raise CheckpointError(
+            f"{path} has the classes {', '.join(labels.label_names)}; expected those of "
+            f"{config.dataset!r}: {', '.join(dataset.label_names)}"
+        )
+    return _SoftlyLabelled(texts, labels)
 
 
 def fit(
@@ -167,7 +201,15 @@ def resume(folder: RunFolder, run: RunConfig, processes: Processes) -> Run:
     """A run to go on with, on the same data, device and backend; CheckpointError if it cannot."""
     device = open_device(run.device, run.train.precision, processes)
     dataset = load_dataset(folder, run)
-    return _open(folder, run, device, Tokenizer.load(folder.tokenizer), dataset)
+    soft = None
+    if run.train.pseudo_labels is not None:
+        soft = _load_pseudo_labels(run.train, dataset)
+        if soft.describe() != run.dataset.get("pseudo_labels"):
+            raise CheckpointError(
+                f"{folder.config} was made with other pseudo-labels than {run.train.pseudo_labels} "
+                "now holds. Bring them back, or start a new run"
+            )
+    return _open(folder, run, device, Tokenizer.load(folder.tokenizer), dataset, soft)
 
 
 def load_dataset(folder: RunFolder, run: RunConfig) -> data.TextDataset:
@@ -184,7 +226,7 @@ def load_dataset(folder: RunFolder, run: RunConfig) -> data.TextDataset:
 
 def _open(
     folder: RunFolder, run: RunConfig, device: torch.device, tokenizer: Tokenizer,
-    dataset: data.TextDataset,
+    dataset: data.TextDataset, soft: _SoftlyLabelled | None,
 ) -> Run:  # fmt: skip
     t, max_len = run.train, run.train.model.max_len
 
@@ -194,8 +236,13 @@ def _open(
 
     splits = (dataset.train, dataset.validation, dataset.test)
     train, validation, test = (encode_cached(tokenizer, split.texts) for split in splits)
+    labels = dataset.train.labels
+    if soft is not None:
+        train = RaggedIds.concatenate([train, encode_cached(tokenizer, soft.texts)])
+        certain = np.eye(len(dataset.label_names), dtype=np.float32)[labels]
+        labels = np.concatenate([certain, soft.labels.probabilities])
     return Run(
         folder, run, device, tokenizer,
-        Examples(train.truncate(max_len, t.truncation), dataset.train.labels),
+        Examples(train.truncate(max_len, t.truncation), labels),
         measured(validation, dataset.validation), measured(test, dataset.test),
     )  # fmt: skip

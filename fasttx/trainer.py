@@ -54,7 +54,8 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Examples:
-    """One split, ready for the model: token ids, of at most max_len tokens, and labels (n,) int64.
+    """One split, ready for the model: token ids, of at most max_len tokens, and labels (n,) int64;
+    to train on, also (n, C) float32, the probability of each class.
 
     owner (sequences,) int64: which text each sequence is a window of; None: one sequence a text.
     """
@@ -264,7 +265,8 @@ class Trainer:
             logits = model(**batch.model_inputs(), **inputs).float()
         smoothing = self.config.label_smoothing
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing, reduction="sum")
-        return loss, (logits.argmax(-1) == batch.labels).sum()
+        likeliest = batch.labels if batch.labels.dim() == 1 else batch.labels.argmax(-1)
+        return loss, (logits.argmax(-1) == likeliest).sum()
 
     def batch(
         self, examples: Examples, indices: np.ndarray, stream: tuple[int, ...]

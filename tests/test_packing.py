@@ -69,6 +69,20 @@ def test_select(texts):
         assert as_lists(ids.select(np.array(chosen, dtype=np.int64))) == [texts[i] for i in chosen]
 
 
+def test_concatenate() -> None:
+    parts = [[[1, 2], [], [3]], [], [[4, 5, 6]]]
+    ragged = [RaggedIds.from_lists(p) for p in parts]
+    ragged[0] = ragged[0].windows(1)[0].select(np.array([0, 1, 2, 3]))
+    # windows() gives offsets that need not start at 0, and values that need not be all of them
+    ragged[2] = RaggedIds(np.array([9, 4, 5, 6, 9], dtype=np.int32), np.array([1, 4]))
+    whole = RaggedIds.concatenate(ragged)
+    assert [w.tolist() for w in map(whole.__getitem__, range(len(whole)))] == [
+        [1], [2], [], [3], [4, 5, 6],
+    ]  # fmt: skip
+    assert whole.values.dtype == np.int32
+    assert whole.offsets.dtype == np.int64
+
+
 def test_select_counts_negative_indices_from_the_end():
     """Or refuses them, but never takes another text."""
     texts = [[5, 6, 7], [1], [8], [9, 2]]

@@ -1,0 +1,8 @@
+"""`python -m fasttx`: the command `fasttx`, where that is not on the PATH."""
+
+import sys
+
+from fasttx.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
