@@ -477,6 +477,30 @@ def test_plots(tmp_path):
     assert not list((tmp_path / "none").iterdir())
 
 
+def test_curves(tmp_path):
+    pytest.importorskip("matplotlib")
+    epoch = {"seconds": 2.0, "samples_per_second": 500.0, "train_loss": 0.5, "val_loss": 0.6,
+             "train_accuracy": 0.8, "val_accuracy": 0.75}  # fmt: skip
+    results = {
+        "history": [epoch, epoch], "best_epoch": 1, "test_accuracy": 0.7, "val_accuracy": 0.75,
+        "seed": 3, "hardware": {"cpu": "A fine processor", "threads": 2},
+        "versions": {"torch": "9.9"},
+    }  # fmt: skip
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    arguments = (f"the first={tmp_path / 'a'}", tmp_path / "b", "--folder", tmp_path)
+    done = run(BENCHMARKS / "curves.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "learning-curves.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "learning-curves.svg").read_text()
+    for text in ("the first", ">b<", "seed 3", "A fine processor, 2 threads, torch 9.9"):
+        assert text in drawn
+    done = run(BENCHMARKS / "curves.py", tmp_path / "none")
+    assert done.returncode == 2
+    assert "none is no finished run of train.py" in done.stderr
+
+
 def test_device_report(tmp_path):
     path = tmp_path / "report.json"
     done = run(BENCHMARKS / "device_report.py", "--small", "--device", "cpu", "--minutes", "0.7",
