@@ -32,6 +32,7 @@ log = logging.getLogger("fasttx")
 ALL = (("nb", 1), ("logreg", 1), ("logreg", 2), ("linear-svm", 2), ("nbsvm", 2))
 DATA_SETTINGS = (
     "dataset", "text_column", "label_column", "train_samples", "test_samples", "seed",
+    "split_seed",
 )  # fmt: skip
 LSTM = "lstm"  # what the config.json of its runs holds instead of a recipe of train.py
 
@@ -248,7 +249,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     """The settings of TrainConfig that choose the splits, and where the results go."""
     for f in fields(TrainConfig):
         if f.name in DATA_SETTINGS:
-            number = f.name.endswith("_samples") or f.name == "seed"
+            number = f.name.endswith(("_samples", "seed"))
             parser.add_argument(
                 "--" + f.name.replace("_", "-"), type=int if number else str,
                 metavar="N" if number else "NAME", default=argparse.SUPPRESS,

@@ -140,6 +140,12 @@ class TrainConfig:
         choices=("cut", "windows"),
     )
 
+    split_seed: int | None = setting(
+        None,
+        "seed of subsets and validation split alone: runs that share it can be pooled by "
+        "`fasttx ensemble` (default: seed)",
+        group="data",
+    )
     pseudo_labels: str | None = setting(
         None,
         "folder that `fasttx ensemble --pseudo-labels` wrote: train on the dataset's unlabelled "
@@ -203,12 +209,16 @@ class TrainConfig:
             "checkpoint_seconds",
         )  # fmt: skip
         _check_range(self, 0.0, 1.0, "label_smoothing", "word_dropout", "beta2")
-        _check_range(self, 0, 2**63 - 1, "seed")
+        _check_range(self, 0, 2**63 - 1, "seed", "split_seed")
         if self.optimizer == "adam" and self.weight_decay:
             raise ConfigError(
                 f"weight_decay is {self.weight_decay} with optimizer adam, where it would be added "
                 "to the gradients and swamp them; use adamw, or weight_decay 0"
             )
+
+    @property
+    def seed_of_splits(self) -> int:
+        return self.seed if self.split_seed is None else self.split_seed
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

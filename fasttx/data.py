@@ -80,7 +80,7 @@ def load(config: TrainConfig) -> TextDataset:
         notes.append(f"{corpus.where} has no test split: its validation split is the test split")
         test, validation = validation, None
     if test is None:
-        rng = np.random.default_rng([config.seed, _HELD_OUT_STREAM])
+        rng = np.random.default_rng([config.seed_of_splits, _HELD_OUT_STREAM])
         sizes = _tenth(len(train.labels), corpus.where)
         # As they lay, for those who asked for the order of the file.
         kept, held_out = map(np.sort, draw_stratified(train.labels, sizes, rng))
@@ -203,7 +203,7 @@ def _draw(split: Split, sizes: Sequence[int], config: TrainConfig, stream: int) 
     if config.subset_order == "file":
         subsets = draw_first(split.labels, sizes)
     else:
-        rng = np.random.default_rng([config.seed, stream])
+        rng = np.random.default_rng([config.seed_of_splits, stream])
         subsets = draw_stratified(split.labels, sizes, rng)
     return [_take(split, rows) for rows in subsets]
 

@@ -156,9 +156,10 @@ def _open(args: argparse.Namespace) -> tuple[RunConfig, data.TextDataset, list[M
         if run.dataset["fingerprint"] != first.dataset["fingerprint"]:
             raise CheckpointError(
                 f"{path} was trained on other splits than {args.run[0]} ({run.dataset['name']}, "
-                f"seed {run.train.seed}; {first.dataset['name']}, seed {first.train.seed}); "
-                "expected runs with the same dataset, seed and numbers of samples: one's "
-                "validation texts may be among the other's training texts"
+                f"seed {run.train.seed_of_splits}; {first.dataset['name']}, seed "
+                f"{first.train.seed_of_splits}), so that texts to fit the weights on may have been "
+                "learnt by one of them. Expected the same dataset, --split-seed and numbers of "
+                "samples"
             )
     dataset = runs.load_dataset(RunFolder(args.run[0]), first)
     members = [_of_run(path, run, dataset, args) for path, run in zip(args.run, found, strict=True)]
@@ -226,7 +227,9 @@ def _label(
     log.info("labelling %s texts ...", f"{len(texts):,}")
     of_texts = np.stack([m.logits(texts) for m in members])
     probabilities = np.exp(log_softmax(pool(of_texts))).astype(np.float32)
-    labels = PseudoLabels(probabilities, run.label_names, data.texts_fingerprint(texts))
+    labels = PseudoLabels(
+        probabilities, run.label_names, data.texts_fingerprint(texts), run.dataset["fingerprint"]
+    )
     labels.save(path)
     counts = np.bincount(probabilities.argmax(1), minlength=len(run.label_names)).tolist()
     return {

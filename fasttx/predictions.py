@@ -79,11 +79,13 @@ class Predictions:
 @dataclass(frozen=True, eq=False)
 class PseudoLabels:
     """probabilities (n, C) float32 of the classes `label_names`, one row a text; `texts` is the
-    SHA-256 of these texts in their order (`data.texts_fingerprint`)."""
+    SHA-256 of these texts in their order (`data.texts_fingerprint`), `splits` that of the labelled
+    splits whose training and validation labels they come from."""
 
     probabilities: np.ndarray
     label_names: tuple[str, ...]
     texts: str
+    splits: str
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,6 +99,7 @@ class PseudoLabels:
             np.savez_compressed(
                 f, probabilities=self.probabilities.astype(np.float32),
                 label_names=np.array(self.label_names), texts=np.array(self.texts),
+                splits=np.array(self.splits),
             )  # fmt: skip
 
     @classmethod
@@ -106,7 +109,7 @@ class PseudoLabels:
             with np.load(path, allow_pickle=False) as found:
                 rows = found["probabilities"]
                 names = tuple(str(name) for name in found["label_names"].tolist())
-                texts = str(found["texts"])
+                texts, splits = str(found["texts"]), str(found["splits"])
             if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != len(names):
                 raise ValueError(f"{rows.dtype} of shape {rows.shape} for {len(names)} classes")
             if not (rows >= 0).all() or not np.allclose(rows.sum(1), 1, atol=1e-4):
@@ -122,4 +125,4 @@ class PseudoLabels:
                 f"{path} holds no pseudo-labels, or is damaged or cut short ({error}). Make it "
                 "again: fasttx ensemble --pseudo-labels"
             ) from error
-        return cls(rows, names, texts)
+        return cls(rows, names, texts, splits)

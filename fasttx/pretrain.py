@@ -33,6 +33,7 @@ log = logging.getLogger("fasttx")
 WITHOUT = (
     "test_samples", "subset_order", "allow_single_class", "truncation", "long_texts",
     "label_smoothing", "word_dropout", "init_from", "pseudo_labels",
+    "split_seed",
 )  # fmt: skip
 HELD_OUT = 1000  # texts, at most, on which the masked accuracy of an epoch is measured
 _HELD_OUT_STREAM, _MASK_STREAM = 4, 2

@@ -159,6 +159,12 @@ def _load_pseudo_labels(config: TrainConfig, dataset: data.TextDataset) -> _Soft
             f"{path} has the classes {', '.join(labels.label_names)}; expected those of "
             f"{config.dataset!r}: {', '.join(dataset.label_names)}"
         )
+    if labels.splits != dataset.fingerprint:
+        raise CheckpointError(
+            f"{path} comes from other splits than this run's: its makers may have learnt the "
+            "labels of texts that this run is validated on. Expected the --dataset, --split-seed "
+            "and numbers of samples of the runs that made it"
+        )
     return _SoftlyLabelled(texts, labels)
 
 

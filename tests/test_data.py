@@ -531,6 +531,8 @@ def test_subsets_are_a_function_of_the_seed(tmp_path: Path) -> None:
     assert same(a.train, b.train) and same(a.test, b.test) and not same(a.test, c.test)
     # The test subset does not hang on how much is trained on.
     assert same(a.test, load_path(tmp_path, train_samples=60, test_samples=20, seed=1).test)
+    shared = load_path(tmp_path, train_samples=50, test_samples=20, seed=2, split_seed=1)
+    assert shared.fingerprint == a.fingerprint
 
 
 def test_held_out_test_of_a_single_file(tmp_path: Path) -> None:
@@ -538,6 +540,7 @@ def test_held_out_test_of_a_single_file(tmp_path: Path) -> None:
     a, b, c = (load_path(path, seed=seed) for seed in (1, 1, 2))
     assert same(a.test, b.test) and not same(a.test, c.test)
     assert same(a.test, load_path(path, seed=1, train_samples=30).test)
+    assert load_path(path, seed=2, split_seed=1).fingerprint == a.fingerprint
 
 
 def test_fingerprint_sees_texts_and_labels(tmp_path: Path) -> None:

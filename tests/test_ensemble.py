@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,8 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def members(reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two finished runs on the same splits."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, more in (("a", "--long-texts windows"), ("b", "--lr 0.003 --max-len 20")):
+    differences = ("--long-texts windows", "--max-len 20 --seed 5 --split-seed 0")
+    for name, more in zip("ab", differences, strict=True):
         arguments = [*SMALL, *more.split(), "--dataset", str(reviews), "--out", str(folder / name)]
         assert train.main(arguments) == 0
     return folder / "a", folder / "b"
@@ -226,7 +228,7 @@ def test_bad_settings_are_one_clear_line(
 def test_a_run_learns_from_the_labels(reviews: Path, teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "student"
     arguments = [*SMALL, "--dataset", str(reviews), "--pseudo-labels", str(teacher)]
-    assert train.main([*arguments, "--out", str(run)]) == 0
+    assert train.main([*arguments, "--seed", "7", "--split-seed", "0", "--out", str(run)]) == 0
     found = results(run)
     assert found["dataset"]["train_samples"] == 360
     assert found["dataset"]["pseudo_labels"]["texts"] == UNLABELLED
@@ -267,8 +269,6 @@ def test_probabilities_reach_the_loss(
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_certain_probabilities_are_labels(members: tuple[Path, Path], smoothing: float) -> None:
-    from dataclasses import replace
-
     from fasttx.checkpoint import RunConfig, RunFolder
     from fasttx.distributed import Processes
     from fasttx.packing import pack
@@ -305,23 +305,24 @@ def test_an_unbroken_run_and_a_resumed_one_are_the_same(
 
     # With other labels it does not go on, and says so.
     found = PseudoLabels.load(labels / "pseudo_labels.npz")
-    PseudoLabels(found.probabilities[:, ::-1].copy(), found.label_names, found.texts).save(
-        labels / "pseudo_labels.npz"
-    )
+    PseudoLabels(
+        found.probabilities[:, ::-1].copy(), found.label_names, found.texts, found.splits
+    ).save(labels / "pseudo_labels.npz")
     assert train.main(["--resume", str(parts)]) == 2
     assert "was made with other pseudo-labels" in capsys.readouterr().err
     found.save(labels / "pseudo_labels.npz")
     assert train.main(["--resume", str(parts)]) == 0
-    one, other = (load_state(run / "best_model.pt") for run in (whole, parts))
-    assert all(torch.equal(one[k], other[k]) for k in one)
+    one, two = (load_state(run / "best_model.pt") for run in (whole, parts))
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_labels_that_do_not_fit_are_refused(
     reviews: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(labels: Path, dataset: Path = reviews) -> str:
+    def refused(labels: Path, dataset: Path = reviews, seed: int = 0) -> str:
         out = tmp_path / "run"
         arguments = [*SMALL, "--dataset", str(dataset), "--pseudo-labels", str(labels)]
+        arguments += ["--seed", str(seed)]
         assert train.main([*arguments, "--out", str(out)]) == 2
         assert not out.exists()
         return capsys.readouterr().err
@@ -335,10 +336,9 @@ def test_labels_that_do_not_fit_are_refused(
         teacher, fewer
     )
     found = PseudoLabels.load(teacher / "pseudo_labels.npz")
-    PseudoLabels(found.probabilities, ("bad", "better"), found.texts).save(
-        tmp_path / "pseudo_labels.npz"
-    )
+    replace(found, label_names=("bad", "better")).save(tmp_path / "pseudo_labels.npz")
     assert "has the classes bad, better; expected those of" in refused(tmp_path)
+    assert "comes from other splits than this run's" in refused(teacher, seed=1)
 
 
 @pytest.mark.parametrize("how", ["cut", "rows", "shape", "text"])
@@ -352,6 +352,6 @@ def test_damaged_pseudo_labels_are_named(teacher: Path, tmp_path: Path, how: str
         path.write_text("probabilities")
     else:
         rows = 2 * found.probabilities if how == "rows" else found.probabilities[:, :1]
-        PseudoLabels(rows, found.label_names, found.texts).save(path)
+        replace(found, probabilities=rows).save(path)
     with pytest.raises(CheckpointError, match="pseudo_labels.npz holds no pseudo-labels"):
         PseudoLabels.load(path)
