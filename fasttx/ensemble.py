@@ -103,6 +103,7 @@ def _read_texts(
     classifier: TextClassifier, precision: str, batch_size: int, name: str, texts: Sequence[str]
 ) -> np.ndarray:
     """Logits of a run, in its own precision, with a line now and then about how far it is."""
+    devices.set_precision(classifier.device, precision)  # global: another run may have another
     start = last = time.perf_counter()
     parts = []
     for at in range(0, len(texts), TEXTS_AT_A_TIME):
@@ -127,7 +128,6 @@ def _of_run(
     path: Path, run: RunConfig, dataset: data.TextDataset, args: argparse.Namespace
 ) -> Member:
     classifier = load(path, device=args.device, attn_backend=args.attn_backend)
-    devices.set_precision(classifier.device, run.train.precision)
     logits = functools.partial(
         _read_texts, classifier, run.train.precision, args.batch_size, str(path)
     )
