@@ -128,9 +128,10 @@ def _of_run(
     path: Path, run: RunConfig, dataset: data.TextDataset, args: argparse.Namespace
 ) -> Member:
     classifier = load(path, device=args.device, attn_backend=args.attn_backend)
-    logits = functools.partial(
-        _read_texts, classifier, run.train.precision, args.batch_size, str(path)
-    )
+    # Where it was trained it runs as it was trained; elsewhere that may not exist (tf32).
+    there = classifier.device.type == torch.device(run.device).type
+    precision = run.train.precision if there else "fp32"
+    logits = functools.partial(_read_texts, classifier, precision, args.batch_size, str(path))
     kept, test = RunFolder(path).test_predictions, None
     if kept.exists():
         found = Predictions.load(kept, len(dataset.label_names))
