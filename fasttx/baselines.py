@@ -278,7 +278,9 @@ def add_command(commands: Any) -> None:
 
     lstm = kinds.add_parser(LSTM, help="a bidirectional LSTM as large as the Transformer (torch)")
     _add_flags(lstm)
-    for name, kind, metavar in (("epochs", int, "N"), ("device", str, "NAME")):
+    for name, kind, metavar in (
+        ("epochs", int, "N"), ("device", str, "NAME"), ("precision", str, "NAME")
+    ):  # fmt: skip
         text = TrainConfig.__dataclass_fields__[name].metadata["help"]
         lstm.add_argument(
             f"--{name}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text

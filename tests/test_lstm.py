@@ -145,6 +145,23 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "leave out --epochs, --out" in capsys.readouterr().err
 
 
+def test_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Autocast reaches the recurrence, and the loss stays near that of fp32."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        given = [*DEMO, "--epochs", 1, "--json", "--out", out, "--precision", precision]
+        assert command(*given) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["config"]["precision"] == precision
+        losses[precision] = found["history"][0]["train_loss"]
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+
+    assert command(*DEMO, "--precision", "fp8") == 2
+    assert "precision" in capsys.readouterr().err
+
+
 def test_the_settings_of_a_run_on_imdb() -> None:
     full, config = RECIPES["full"], baselines.lstm_config({"seed": 7}, "imdb")
     changed = {"dataset": "imdb", "seed": 7, "lr": 1e-3, "model": config.model}
