@@ -29,7 +29,10 @@ from fasttx.trainer import Interrupted
 log = logging.getLogger("fasttx")
 
 # What `fasttx baseline all` fits, one after the other.
-ALL = (("nb", 1), ("logreg", 1), ("logreg", 2), ("linear-svm", 2), ("nbsvm", 2))
+ALL = (
+    ("nb", 1), ("logreg", 1), ("logreg", 2), ("linear-svm", 2), ("nbsvm", 2), ("linear-svm", 3),
+    ("nbsvm", 3),
+)  # fmt: skip
 DATA_SETTINGS = (
     "dataset", "text_column", "label_column", "train_samples", "test_samples", "seed",
     "split_seed",
@@ -271,8 +274,8 @@ def add_command(commands: Any) -> None:
         _add_flags(parser)
         default = f"{bag_of_words.KINDS[name].ngrams}" if name != "all" else "those of the table"
         parser.add_argument(
-            "--ngrams", type=int, choices=(1, 2),
-            help=f"1: words; 2: words and pairs of them (default: {default})",
+            "--ngrams", type=int, choices=bag_of_words.NGRAMS,
+            help=f"1: words; 2: words and pairs of them; 3: triples too (default: {default})",
         )  # fmt: skip
         parser.set_defaults(run_command=_linear, kind=name)
 

@@ -140,13 +140,13 @@ def _of_run(
     return Member(str(path), logits, test)
 
 
-def _linear(kind: str, dataset: data.TextDataset, seed: int) -> Member:
+def _linear(kind: str, ngrams: int, dataset: data.TextDataset, seed: int) -> Member:
     """Fitted on the training split alone: the weights are fitted on the validation split."""
     fitted = bag_of_words.fit(
-        kind, bag_of_words.KINDS[kind].ngrams, dataset.train.texts, dataset.train.labels,
+        kind, ngrams, dataset.train.texts, dataset.train.labels,
         num_classes=len(dataset.label_names), seed=seed,
     )  # fmt: skip
-    return Member(bag_of_words.title(kind, bag_of_words.KINDS[kind].ngrams), fitted.logits)
+    return Member(bag_of_words.title(kind, ngrams), fitted.logits)
 
 
 def _open(args: argparse.Namespace) -> tuple[RunConfig, data.TextDataset, list[Member]]:
@@ -165,8 +165,9 @@ def _open(args: argparse.Namespace) -> tuple[RunConfig, data.TextDataset, list[M
     dataset = runs.load_dataset(RunFolder(args.run[0]), first)
     members = [_of_run(path, run, dataset, args) for path, run in zip(args.run, found, strict=True)]
     for kind in args.linear:
-        log.info("fitting %s ...", bag_of_words.KINDS[kind].title)
-        members.append(_linear(kind, dataset, first.train.seed))
+        ngrams = args.ngrams or bag_of_words.KINDS[kind].ngrams
+        log.info("fitting %s ...", bag_of_words.title(kind, ngrams))
+        members.append(_linear(kind, ngrams, dataset, first.train.seed))
     return first, dataset, members
 
 
@@ -244,6 +245,8 @@ def _label(
 def _run(args: argparse.Namespace) -> int:
     if args.pseudo_labels and args.out is None:
         raise ConfigError("--pseudo-labels needs a folder to write them to: add --out DIR")
+    if args.ngrams and not args.linear:
+        raise ConfigError("--ngrams is about linear models, and there is none: add --linear KIND")
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}; expected at least 1")
     if args.linear:
@@ -304,6 +307,10 @@ def add_command(commands: Any) -> None:
         "--linear", action="append", choices=bag_of_words.KINDS, default=[], metavar="KIND",
         help=f"a linear model to take in, as `fasttx baseline` has it (scikit-learn): one of "
         f"{', '.join(bag_of_words.KINDS)}; can be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ngrams", type=int, choices=bag_of_words.NGRAMS,
+        help="words in a row that the linear models count (default: each one's own)",
     )  # fmt: skip
     parser.add_argument(
         "--pseudo-labels", action="store_true", help="label the dataset's unlabelled texts too"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fasttx import bag_of_words, baselines, cli, data
-from fasttx.bag_of_words import KINDS, NBSVM, BaselineError, fit, log_count_ratio
+from fasttx.bag_of_words import KINDS, NBSVM, NGRAMS, BaselineError, fit, log_count_ratio
 from fasttx.config import TrainConfig
 
 DEMO = ["--dataset", "demo", "--train-samples", "600", "--test-samples", "200", "--seed", "3"]
@@ -81,7 +81,7 @@ def test_nbsvm_lies_between_naive_bayes_and_the_svm() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("ngrams", [1, 2])
+@pytest.mark.parametrize("ngrams", NGRAMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_learns_and_its_logits_are_its_predictions(
     kind: str, ngrams: int, classes: int
@@ -94,7 +94,7 @@ def test_a_kind_learns_and_its_logits_are_its_predictions(
     assert logits.shape == (30, classes) and np.isfinite(logits).all()
     assert (logits.argmax(1) == labels[90:]).mean() > 0.9
     x = fitted.vectorizer.transform(texts[90:])
-    assert any(" " in term for term in fitted.vectorizer.vocabulary_) == (ngrams == 2)
+    assert max(term.count(" ") + 1 for term in fitted.vectorizer.vocabulary_) == ngrams
     assert fitted.features == x.shape[1]
     if kind != "nbsvm":  # which has no `predict` to compare with
         np.testing.assert_array_equal(logits.argmax(1), fitted.classifier.predict(x))
@@ -169,6 +169,13 @@ def test_the_splits_are_those_of_a_training_run(
     assert found["dataset"]["fingerprint"] == trained_on.fingerprint
     assert fitted_to == trained_on.train.texts + trained_on.validation.texts
     assert sum(map(sum, found["confusion_matrix"])) == len(trained_on.test.texts) == 200
+
+
+def test_triples_hold_words_of_one_letter() -> None:
+    texts, labels = ["I don't like it"] * 2 + ["I do like it"] * 2, np.array([0, 0, 1, 1])
+    fitted = fit("linear-svm", 3, texts, labels, num_classes=2, seed=0)
+    assert {"don t like", "i do like", "t"} <= fitted.vectorizer.vocabulary_.keys()
+    assert fitted.logits(["don't like"]).argmax() == 0
 
 
 def test_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,6 +189,10 @@ def test_linear_models_fit_the_training_split_alone(
     splits = data.load(fasttx.TrainConfig(dataset=str(reviews)))
     assert fitted_to == [splits.train.texts] * 2
 
+    assert cli.main([*arguments, "--ngrams", "3"]) == 0
+    names = [row["name"] for row in json.loads(capsys.readouterr().out)["members"][1:]]
+    assert names == ["naive Bayes, binary trigrams", "logistic regression, tf-idf trigrams"]
+
 
 def test_bad_settings_are_one_clear_line(
     members: tuple[Path, Path], reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -200,6 +204,7 @@ def test_bad_settings_are_one_clear_line(
     a = members[0]
     assert "add --out DIR" in refused(a, "--pseudo-labels")
     assert "--batch-size is 0; expected at least 1" in refused(a, "--batch-size", 0)
+    assert "add --linear KIND" in refused(a, "--ngrams", 3)
     assert "is no fasttx run" in refused(tmp_path / "none")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
