@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from figures import TUNED, Row, environment, report, rows
 from workload import FULL, review_ids
 
 from fasttx import device as devices
+from fasttx.config import ConfigError, ModelConfig
 
 
 def timed(step: Callable[[int], object], i: int, device: torch.device) -> float:
@@ -141,12 +143,25 @@ def enter_all(contest: Contest, names: list[str]) -> dict[str, Contestant]:
     return entered
 
 
-def contests(arguments: argparse.Namespace, device: torch.device) -> Iterable[Contest]:
+SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "max_len")
+
+
+def model_config(arguments: argparse.Namespace) -> ModelConfig:
+    given = {name: n for name in SIZES if (n := getattr(arguments, name)) is not None}
+    return replace(FULL.config, **given)
+
+
+def contests(
+    arguments: argparse.Namespace, config: ModelConfig, device: torch.device
+) -> Iterable[Contest]:
     """The contests of a level, one after another."""
-    config, size = FULL.config, arguments.batch_size
+    size = arguments.batch_size
+    sizes = [(name, getattr(config, name)) for name in SIZES]
+    other = [f"{name} {n}" for name, n in sizes if n != getattr(FULL.config, name)]
 
     def ids(count: int) -> tuple[Any, str]:
-        return review_ids(arguments.data, count, config, arguments.words)
+        texts, what = review_ids(arguments.data, count, config, arguments.words)
+        return texts, ", ".join([what, *other])
 
     if arguments.level == "attention":
         texts, what = ids(3 * size)
@@ -177,6 +192,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=tuple(DTYPES))
+    for name in SIZES:
+        default = getattr(FULL.config, name)
+        parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N",
+                            help=f"of the models (default: {default})")  # fmt: skip
     parser.add_argument("--contestants", nargs="*", default=[], help="default: all that run here")
     parser.add_argument(
         "--words", action="store_true", help="count white-space words: shorter, no punctuation"
@@ -196,10 +215,11 @@ def main() -> None:
     try:
         device = devices.pick(arguments.device)
         devices.set_precision(device, arguments.precision)
-    except devices.DeviceError as error:
+        config = model_config(arguments)
+    except (devices.DeviceError, ConfigError) as error:
         parser.error(str(error))
     records = []
-    for contest in contests(arguments, device):
+    for contest in contests(arguments, config, device):
         if unknown := set(arguments.contestants) - set(contest.entrants):
             known = ", ".join(contest.entrants)
             parser.error(f"--contestants {', '.join(unknown)}; expected some of {known}")

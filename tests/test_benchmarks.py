@@ -418,9 +418,11 @@ def test_side_by_side(tmp_path):
     path = tmp_path / "figures.json"
     done = run(
         BENCHMARKS / "side_by_side.py", "--level", "latency", "--rounds", "2", "--json", path,
-        "--contestants", "padded-sdpa", "fasttx-sdpa", "--allocator", "tuned", cwd=tmp_path,
+        "--contestants", "padded-sdpa", "fasttx-sdpa", "--allocator", "tuned", "--d-model", "64",
+        "--num-heads", "2", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert ", d_model 64, num_heads 2" in done.stdout
     assert "tuned allocator" in done.stdout and "fasttx-sdpa" in done.stdout
     (record,) = json.loads(path.read_text())
     assert [row["contestant"] for row in record["rows"]] == ["padded-sdpa", "fasttx-sdpa"]
@@ -431,6 +433,7 @@ def test_side_by_side(tmp_path):
     ("arguments", "complaint"),
     [
         (["--rounds", "1"], "--rounds is 1; expected at least 2"),
+        (["--d-model", "100"], "d_model is 100 and num_heads is 8; expected a d_model that"),
         (["--level", "latency", "--contestants", "nobody"], "nobody; expected some of nn.Trans"),
     ],
 )
