@@ -188,15 +188,19 @@ def _measure(
     def accuracy(logits: np.ndarray, split: data.Split) -> float:
         return classification_metrics(logits, split.labels).accuracy
 
-    rows = [
-        {
+    rows: list[dict[str, Any]] = []
+    for i, (member, weight) in enumerate(zip(members, pool.weights, strict=True)):
+        row = {
             "name": member.name,
             "weight": float(weight),
             "val_accuracy": accuracy(of_valid[i], valid),
             "test_accuracy": accuracy(of_test[i], test),
         }
-        for i, (member, weight) in enumerate(zip(members, pool.weights, strict=True))
-    ]
+        if len(members) > 1:  # does it add anything to the others?
+            others = np.arange(len(members)) != i
+            rest = Pool.fit(of_valid[others], valid.labels)
+            row["test_accuracy_without"] = accuracy(rest(of_test[others]), test)
+        rows.append(row)
     answers = Predictions(pool(of_test).astype(np.float32), test.labels)
     return pool, answers, {
         "test_accuracy": answers.metrics.accuracy,
@@ -212,14 +216,18 @@ def _measure(
 def _table(results: Mapping[str, Any]) -> str:
     rows = [*results["members"], {**results, "name": "together"}]
     width = max(len(row["name"]) for row in rows)
-    lines = [f"{'member':{width}}  weight  validation    test"]
+    lines = [f"{'member':{width}}  weight  validation    test  test without it"]
     for row in rows:
         weight = f"{row['weight']:6.2f}" if "weight" in row else " " * 6
+        without = f"{row['test_accuracy_without']:17.2%}" if "test_accuracy_without" in row else ""
         lines.append(
             f"{row['name']:{width}}  {weight}  {row['val_accuracy']:10.2%}"
-            f"  {row['test_accuracy']:6.2%}"
+            f"  {row['test_accuracy']:6.2%}{without}"
         )
-    return "\n".join([*lines, "The weights were fitted on the validation split."])
+    note = (
+        "The weights were fitted on the validation split, without a member those of the others too."
+    )
+    return "\n".join([*lines, note])
 
 
 def _label(

@@ -136,7 +136,7 @@ def test_weights_stay_finite_where_all_texts_are_told_apart() -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_what_it_measures(members: tuple[Path, Path], teacher: Path) -> None:
+def test_what_it_measures(members: tuple[Path, Path], teacher: Path, reviews: Path) -> None:
     found = results(teacher)
     assert [row["name"] for row in found["members"]] == [str(run) for run in members]
     for row, run in zip(found["members"], members, strict=True):
@@ -148,6 +148,13 @@ def test_what_it_measures(members: tuple[Path, Path], teacher: Path) -> None:
     answers = Predictions.load(teacher / "test_predictions.npz", 2)
     np.testing.assert_allclose(answers.logits, pool(np.stack([p.logits for p in kept])), rtol=1e-5)
     assert found["test_accuracy"] == (answers.predicted == kept[0].labels).mean()
+
+    # A pool of two without one of them is the other, with a weight and bias of its own.
+    validation = data.load(fasttx.TrainConfig(dataset=str(reviews))).validation
+    for row, other, said in zip(found["members"], members[::-1], kept[::-1], strict=True):
+        logits = fasttx.load(other, device="cpu").logits(validation.texts).numpy()
+        alone = Pool.fit(logits[None], validation.labels)(said.logits[None])
+        assert row["test_accuracy_without"] == (alone.argmax(1) == said.labels).mean()
 
 
 def test_what_it_says_of_unlabelled_texts(
