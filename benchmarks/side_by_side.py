@@ -146,18 +146,13 @@ def enter_all(contest: Contest, names: list[str]) -> dict[str, Contestant]:
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "max_len")
 
 
-def model_config(arguments: argparse.Namespace) -> ModelConfig:
-    given = {name: n for name in SIZES if (n := getattr(arguments, name)) is not None}
-    return replace(FULL.config, **given)
-
-
 def contests(
     arguments: argparse.Namespace, config: ModelConfig, device: torch.device
 ) -> Iterable[Contest]:
     """The contests of a level, one after another."""
     size = arguments.batch_size
-    sizes = [(name, getattr(config, name)) for name in SIZES]
-    other = [f"{name} {n}" for name, n in sizes if n != getattr(FULL.config, name)]
+    usual = vars(FULL.config)
+    other = [f"{name} {n}" for name in SIZES if (n := getattr(config, name)) != usual[name]]
 
     def ids(count: int) -> tuple[Any, str]:
         texts, what = review_ids(arguments.data, count, config, arguments.words)
@@ -193,9 +188,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=tuple(DTYPES))
     for name in SIZES:
-        default = getattr(FULL.config, name)
-        parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N",
-                            help=f"of the models (default: {default})")  # fmt: skip
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=int, metavar="N",
+            default=getattr(FULL.config, name), help="of the models (default: %(default)s)",
+        )  # fmt: skip
     parser.add_argument("--contestants", nargs="*", default=[], help="default: all that run here")
     parser.add_argument(
         "--words", action="store_true", help="count white-space words: shorter, no punctuation"
@@ -215,7 +211,7 @@ def main() -> None:
     try:
         device = devices.pick(arguments.device)
         devices.set_precision(device, arguments.precision)
-        config = model_config(arguments)
+        config = replace(FULL.config, **{name: getattr(arguments, name) for name in SIZES})
     except (devices.DeviceError, ConfigError) as error:
         parser.error(str(error))
     records = []
@@ -223,7 +219,10 @@ def main() -> None:
         if unknown := set(arguments.contestants) - set(contest.entrants):
             known = ", ".join(contest.entrants)
             parser.error(f"--contestants {', '.join(unknown)}; expected some of {known}")
-        entered = enter_all(contest, arguments.contestants)
+        try:
+            entered = enter_all(contest, arguments.contestants)
+        except AssertionError as refused:
+            sys.exit(f"side_by_side.py: {refused}")
         if not entered:
             continue
         where = environment(device)

@@ -81,7 +81,7 @@ def _terms(ngrams: int) -> dict[str, Any]:
     """Words, or words and pairs. Most pairs occur in one text only, and teach nothing.
 
     Triples hold words of one letter too, which scikit-learn leaves out unless asked: "don't like"
-    is "don", "t", "like". On IMDB that is worth more than the triples themselves.
+    is "don", "t", "like". On IMDB triples gain little without them (docs/accuracy.md).
     """
     letters = {"token_pattern": r"(?u)\b\w+\b"} if ngrams == 3 else {}
     return {"ngram_range": (1, ngrams), "min_df": min(ngrams, 2), **letters}
@@ -189,7 +189,7 @@ class Fitted:
 def fit(
     kind: str, ngrams: int, texts: Sequence[str], labels: np.ndarray, *, num_classes: int, seed: int
 ) -> Fitted:
-    """A baseline of `KINDS` on words (ngrams 1), on words and pairs of them (2), or on triples too.
+    """A baseline of `KINDS` on words (ngrams 1), words and pairs of them (2), or triples too (3).
 
     labels (n,) integers in [0, num_classes). Raises BaselineError where scikit-learn is missing,
     and where no n-gram is frequent enough to be used.

@@ -216,7 +216,8 @@ def _measure(
 def _table(results: Mapping[str, Any]) -> str:
     rows = [*results["members"], {**results, "name": "together"}]
     width = max(len(row["name"]) for row in rows)
-    lines = [f"{'member':{width}}  weight  validation    test  test without it"]
+    head = f"{'member':{width}}  weight  validation    test"
+    lines = [head + "  test without it" if len(rows) > 2 else head]
     for row in rows:
         weight = f"{row['weight']:6.2f}" if "weight" in row else " " * 6
         without = f"{row['test_accuracy_without']:17.2%}" if "test_accuracy_without" in row else ""
@@ -224,10 +225,7 @@ def _table(results: Mapping[str, Any]) -> str:
             f"{row['name']:{width}}  {weight}  {row['val_accuracy']:10.2%}"
             f"  {row['test_accuracy']:6.2%}{without}"
         )
-    note = (
-        "The weights were fitted on the validation split, without a member those of the others too."
-    )
-    return "\n".join([*lines, note])
+    return "\n".join([*lines, "The weights were fitted on the validation split."])
 
 
 def _label(

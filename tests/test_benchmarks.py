@@ -443,6 +443,18 @@ def test_side_by_side_refuses(arguments, complaint):
     assert complaint in done.stderr
 
 
+def test_side_by_side_says_in_one_line_who_fails_verification(monkeypatch):
+    def enter(self, name):
+        raise AssertionError(f"{name}: logits are 0.2 from the reference's")
+
+    monkeypatch.setattr(side_by_side.Contest, "enter", enter)
+    arguments = ["--level", "latency", "--contestants", "fasttx-sdpa", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["side_by_side.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        side_by_side.main()
+    assert stopped.value.code == "side_by_side.py: fasttx-sdpa: logits are 0.2 from the reference's"
+
+
 def saved_run(path):
     def benchmark(contest, name, **facts):
         row = {

@@ -146,7 +146,7 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Autocast reaches the recurrence, and the loss stays near that of fp32."""
+    """The flag reaches the training, and the loss stays near that of fp32."""
     losses = {}
     for precision in ("fp32", "bf16"):
         out = tmp_path / precision
