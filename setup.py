@@ -5,7 +5,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -153,13 +153,13 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildCpuKernels, "bdist_wheel": PlatformWheel},
-    packages=["fasttx", "fasttx.attention", "fasttx.kernels", "fasttx.reporting", *leaves],
+    packages=[*find_packages(include=["fasttx", "fasttx.*"]), *leaves],
     package_dir=leaves,
     package_data={
         "fasttx": ["py.typed"],
         **{name: ["*.metal", "*.cpp", "*.h"] for name in leaves},
     },
-    entry_points={"console_scripts": ["fasttx = fasttx.cli:main"]},
+    entry_points={"console_scripts": ["fasttx = fasttx.commands.cli:main"]},
     zip_safe=False,
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -10,11 +10,16 @@ from pathlib import Path
 
 import torch
 
-from fasttx import cli, data, distributed, report, runs
-from fasttx.checkpoint import CLASSIFICATION, RunConfig, RunFolder, load_encoder
+from fasttx.commands import cli
+from fasttx.errors import FasttxError
 from fasttx.files import write_json_atomic
-from fasttx.model import TransformerClassifier
-from fasttx.trainer import Interrupted
+from fasttx.models.classifier import TransformerClassifier
+from fasttx.text import splits as data
+from fasttx.training import distributed
+from fasttx.training import progress as report
+from fasttx.training import run as runs
+from fasttx.training.checkpoint import CLASSIFICATION, RunConfig, RunFolder, load_encoder
+from fasttx.training.trainer import Interrupted
 
 log = logging.getLogger("fasttx")
 
@@ -49,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             with report.log_file(run.folder.log, processes.main):
                 return train(run, processes)
-    except cli.USER_ERRORS as error:
+    except FasttxError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     finally:

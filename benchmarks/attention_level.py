@@ -14,9 +14,9 @@ from limit import Limit, Work
 from peers import ATTENTION_PEERS, AttentionPeer, Batch
 from torch import Tensor
 
-from fasttx.attention import reference
-from fasttx.attention.registry import Backend
 from fasttx.config import ModelConfig
+from fasttx.ops import reference
+from fasttx.ops.registry import Backend
 
 
 @dataclasses.dataclass(frozen=True)

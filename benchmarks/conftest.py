@@ -23,7 +23,7 @@ from contest import Contest, Unavailable
 from workload import FULL, SMALL, Scale, review_ids
 
 from fasttx import device as devices
-from fasttx.packing import RaggedIds
+from fasttx.text.packing import RaggedIds
 
 SECONDS = 10.0  # a contest's rounds side by side, three at least
 

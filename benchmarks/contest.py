@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fasttx.attention.registry import BACKENDS, Backend
+from fasttx.ops.registry import BACKENDS, Backend
 
 if TYPE_CHECKING:
     from limit import Limit

@@ -14,10 +14,10 @@ from peers import missing
 from torch.nn.utils.rnn import pad_sequence
 from workload import reviews
 
-from fasttx import demo
 from fasttx.config import ModelConfig
-from fasttx.packing import RaggedIds, pack
-from fasttx.tokenizer import Tokenizer
+from fasttx.text import demo
+from fasttx.text.packing import RaggedIds, pack
+from fasttx.text.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 

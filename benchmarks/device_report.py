@@ -38,9 +38,9 @@ from torch import Tensor
 from workload import FULL, SMALL, review_ids
 
 from fasttx import device as devices
-from fasttx.attention import reference
-from fasttx.attention.registry import BACKENDS, Backend
-from fasttx.packing import RaggedIds
+from fasttx.ops import reference
+from fasttx.ops.registry import BACKENDS, Backend
+from fasttx.text.packing import RaggedIds
 
 # With it each tensor is an allocation of its own, and whoever reads past its end is seen.
 UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING=1"
@@ -110,7 +110,7 @@ def suite_command(device: torch.device) -> list[str]:
     return [
         sys.executable, "-m", "pytest", "-q", "--maxfail=5", "--tb=line", "-p", "no:cacheprovider",
         *(["-n", str(workers)] if importlib.util.find_spec("xdist") else []),
-        "tests/test_attention.py", "tests/test_rowops.py", "tests/test_triton.py",
+        "tests/ops/test_attention.py", "tests/ops/test_rowops.py", "tests/ops/test_triton.py",
         "-k", device.type,
     ]  # fmt: skip
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from workload import make_batches, padded, slices
 
 from fasttx import device as devices
-from fasttx.attention.registry import Backend
-from fasttx.classifier import by_length
 from fasttx.config import ModelConfig
-from fasttx.model import TransformerClassifier
-from fasttx.packing import PackedBatch, RaggedIds
+from fasttx.load import by_length
+from fasttx.models.classifier import TransformerClassifier
+from fasttx.ops.registry import Backend
+from fasttx.text.packing import PackedBatch, RaggedIds
 
 VERIFIED_TEXTS = 32  # at a time: what the reference stores grows with the batch
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
-from fasttx.encoder import sinusoidal_positions
-from fasttx.model import TransformerClassifier
+from fasttx.models.classifier import TransformerClassifier
+from fasttx.models.encoder import sinusoidal_positions
 
 
 class _Peer(nn.Module):

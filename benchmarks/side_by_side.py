@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fasttx.errors import ConfigError, DeviceError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import attention_level
@@ -31,7 +33,7 @@ from figures import TUNED, Row, environment, report, rows
 from workload import FULL, review_ids
 
 from fasttx import device as devices
-from fasttx.config import ConfigError, ModelConfig
+from fasttx.config import ModelConfig
 
 
 def timed(step: Callable[[int], object], i: int, device: torch.device) -> float:
@@ -212,7 +214,7 @@ def main() -> None:
         device = devices.pick(arguments.device)
         devices.set_precision(device, arguments.precision)
         config = replace(FULL.config, **{name: getattr(arguments, name) for name in SIZES})
-    except (devices.DeviceError, ConfigError) as error:
+    except (DeviceError, ConfigError) as error:
         parser.error(str(error))
     records = []
     for contest in contests(arguments, config, device):

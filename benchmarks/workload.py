@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fasttx.config import ModelConfig
-from fasttx.packing import PackedBatch, RaggedIds, pack
+from fasttx.text.packing import PackedBatch, RaggedIds, pack
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def review_ids(
     """
     rng = np.random.default_rng(0)
     if data and not words:
-        from fasttx.tokenizer import Tokenizer
+        from fasttx.text.tokenizer import Tokenizer
 
         texts = reviews(data, max(count, 2000))
         ids = Tokenizer.train(texts, config.vocab_size).encode_batch(texts[:count])

@@ -1,11 +1,11 @@
 """fasttx: fast Transformer text classifiers on interchangeable attention backends."""
 
-from fasttx.attention import scaled_dot_product_attention
-from fasttx.classifier import load
 from fasttx.config import ModelConfig, TrainConfig
-from fasttx.model import TransformerClassifier
-from fasttx.packing import PackedBatch, pack
-from fasttx.tokenizer import Tokenizer
+from fasttx.load import load
+from fasttx.models.classifier import TransformerClassifier
+from fasttx.ops import scaled_dot_product_attention
+from fasttx.text.packing import PackedBatch, pack
+from fasttx.text.tokenizer import Tokenizer
 from fasttx.version import __version__
 
 __all__ = [

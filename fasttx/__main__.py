@@ -2,7 +2,7 @@
 
 import sys
 
-from fasttx.cli import main
+from fasttx.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,9 +9,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A setting has a value that cannot work; the message names it, and what was expected."""
+from fasttx.errors import ConfigError
 
 
 def setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = ()) -> Any:

@@ -13,11 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fasttx.errors import DeviceError
 from fasttx.version import __version__
-
-
-class DeviceError(ValueError):
-    """A device or a precision was asked for that this machine does not have."""
 
 
 def pick(name: str = "auto") -> torch.device:

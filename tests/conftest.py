@@ -60,7 +60,7 @@ def _no_network() -> Iterator[None]:
 @pytest.fixture
 def unlisted_backends(monkeypatch) -> None:
     """Backends of the equivalence tests that are in no table can be asked for by name too."""
-    from fasttx.attention import registry
+    from fasttx.ops import registry
     from tests.equivalence import UNLISTED
 
     table = {**registry.BACKENDS, **{backend.name: backend for backend in UNLISTED}}

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasttx.attention.registry import BACKENDS, Backend
+from fasttx.ops.registry import BACKENDS, Backend
 
 ONE = 65536
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -192,7 +192,7 @@ UNLISTED = (
         (torch.float32, torch.float16, torch.bfloat16), "shared",
     ),
     Backend(
-        "lean", "fasttx.attention.lean", "what mps falls back to", (),
+        "lean", "fasttx.ops.mps.lean", "what mps falls back to", (),
         BACKENDS["reference"].dtypes, "shared",
     ),
 )  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fasttx.attention.registry import BACKENDS
+from fasttx.ops.registry import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fasttx"
@@ -180,14 +180,18 @@ def test_the_training_script_imports_what_it_may():
     [
         ("packing", "from fasttx.config import ModelConfig", {"config"}),
         ("packing", "import fasttx.config", {"config"}),
-        ("rowops", "def f():\n    from fasttx.attention import registry", {"attention.registry"}),
-        ("attention.sdpa", "from fasttx.attention import reference", {"attention.reference"}),
-        ("attention.sdpa", "from fasttx.attention.reference import x", {"attention.reference"}),
-        ("attention.sdpa", "from fasttx.model import mean_pool", {"model"}),
-        ("attention.sdpa", "from fasttx.attention import dropout", set()),
+        ("rowops", "def f():\n    from fasttx.ops import registry", {"attention.registry"}),
+        ("attention.sdpa", "from fasttx.ops import reference", {"attention.reference"}),
+        ("attention.sdpa", "from fasttx.ops.reference import x", {"attention.reference"}),
+        ("attention.sdpa", "from fasttx.models.classifier import mean_pool", {"model"}),
+        ("attention.sdpa", "from fasttx.ops import dropout", set()),
         ("model", "from fasttx import trainer", {"trainer"}),
         ("model", "from fasttx import TransformerClassifier", {""}),
-        ("checkpoint", "if TYPE_CHECKING:\n    from fasttx.trainer import Trainer", {"trainer"}),
+        (
+            "checkpoint",
+            "if TYPE_CHECKING:\n    from fasttx.training.trainer import Trainer",
+            {"trainer"},
+        ),
     ],
 )
 def test_a_wrong_arrow_is_seen(module, line, wrong):
@@ -273,7 +277,7 @@ assert not [name for name in fasttx.__all__ if not hasattr(fasttx, name)]
 import torch
 model = fasttx.TransformerClassifier(20, d_model=8, num_heads=1, num_layers=1, d_ff=8, max_len=4)
 model(torch.tensor([[3, 4, 0]])).sum().backward()
-assert "fasttx.data" not in sys.modules
+assert "fasttx.text.splits" not in sys.modules
 """
 
 

@@ -33,8 +33,8 @@ import peers
 import side_by_side
 from workload import SMALL, make_batches, padded, review_ids, slices
 
-from fasttx.attention import reference
-from fasttx.attention.registry import BACKENDS, Backend
+from fasttx.ops import reference
+from fasttx.ops.registry import BACKENDS, Backend
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"

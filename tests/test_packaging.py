@@ -247,7 +247,7 @@ def test_console_script(way: str, request: pytest.FixtureRequest, tmp_path: Path
 
 
 CPU_BACKEND = """
-import torch, fasttx.attention.registry as registry
+import torch, fasttx.ops.registry as registry
 print(registry.BACKENDS["cpu"].unavailable_reasons("cpu", torch.float32, 32))
 print(registry.resolve_name("auto", "cpu", torch.float32, 32))
 """

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttx.classifier import TextClassifier
-from fasttx.model import TransformerClassifier
-from fasttx.packing import RaggedIds, pack
-from fasttx.tokenizer import UNK_ID
+from fasttx.load import TextClassifier
+from fasttx.models.classifier import TransformerClassifier
+from fasttx.text.packing import RaggedIds, pack
+from fasttx.text.tokenizer import UNK_ID
 
 # The attributions of a text sum to its margin less the baseline's, up to this share of that
 # difference (or this many logits, where the difference is below 1).

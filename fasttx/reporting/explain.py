@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttx import classifier
-from fasttx.data import DataError
+from fasttx.errors import DataError
+from fasttx.load import load
 from fasttx.reporting import page, plots
 from fasttx.reporting.attributions import Explanation, explain
 from fasttx.reporting.escaping import escaped, printable
@@ -177,7 +177,7 @@ def _explain(args: argparse.Namespace) -> None:
     if args.html:
         page.check_folder(Path(args.html))
     # sdpa runs everywhere, and has gradients everywhere.
-    model = classifier.load(args.run, device=args.device, attn_backend="sdpa")
+    model = load(args.run, device=args.device, attn_backend="sdpa")
     if len(model.label_names) < 2:
         raise DataError(f"{args.run} knows one label only: there is no decision to explain")
     found = explain(model, args.text)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fasttx.metrics import CALIBRATION_BINS, Metrics, calibration_bins
-from fasttx.predictions import Predictions
+from fasttx.training.metrics import CALIBRATION_BINS, Metrics, calibration_bins
+from fasttx.training.predictions import Predictions
 
 Z95 = 1.959963984540054  # the standard normal holds 95 % between -z and z
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from fasttx import classifier, runs
-from fasttx.checkpoint import CheckpointError, RunConfig, RunFolder, read_json
-from fasttx.data import DataError, TextDataset
-from fasttx.metrics import Metrics
-from fasttx.predictions import Predictions
+from fasttx.errors import CheckpointError, DataError
+from fasttx.load import TextClassifier, load
 from fasttx.reporting.findings import percent
-from fasttx.token_cache import encode_cached
+from fasttx.text.splits import TextDataset
+from fasttx.text.token_cache import encode_cached
+from fasttx.training import run as runs
+from fasttx.training.checkpoint import RunConfig, RunFolder, read_json
+from fasttx.training.metrics import Metrics
+from fasttx.training.predictions import Predictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class FinishedRun:
     config: RunConfig
     results: dict[str, Any]
     rows: list[dict[str, Any]]  # of metrics.jsonl
-    model: classifier.TextClassifier
+    model: TextClassifier
     predictions: Predictions | None
     texts: list[str] | None
     lengths: np.ndarray | None
@@ -56,7 +58,7 @@ class FinishedRun:
 
 def open_run(path: Path, device: str = "auto") -> FinishedRun:
     """Raises CheckpointError for a run that is not finished: its test split is not touched yet."""
-    model = classifier.load(path, device=device, attn_backend="sdpa")  # which runs everywhere
+    model = load(path, device=device, attn_backend="sdpa")  # which runs everywhere
     folder = RunFolder(path)
     config = RunConfig.load(folder.config)
     if not folder.results.exists():
@@ -88,7 +90,7 @@ def open_run(path: Path, device: str = "auto") -> FinishedRun:
 
 
 def _predictions(
-    folder: RunFolder, config: RunConfig, model: classifier.TextClassifier,
+    folder: RunFolder, config: RunConfig, model: TextClassifier,
     dataset: TextDataset | None,
 ) -> Predictions | None:  # fmt: skip
     """Those that the run saved; of an older run, computed now and saved for the next time."""

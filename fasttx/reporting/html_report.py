@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from fasttx import report
 from fasttx.config import ModelConfig, TrainConfig
-from fasttx.predictions import Predictions
 from fasttx.reporting import attributions, explain, findings, page, plots
 from fasttx.reporting.attributions import Explanation
 from fasttx.reporting.escaping import escaped
 from fasttx.reporting.findings import percent
 from fasttx.reporting.finished import FinishedRun, open_run
+from fasttx.training import progress as report
+from fasttx.training.predictions import Predictions
 
 MISTAKES = 8
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fasttx.checkpoint import CheckpointError
+from fasttx.errors import CheckpointError
 from fasttx.files import atomic_write, write_text_atomic
 from fasttx.reporting.escaping import escaped
 from fasttx.reporting.plots import Picture

@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fasttx.metrics import Metrics
+from fasttx.errors import PlotsError
 from fasttx.reporting.escaping import escaped, printable
 from fasttx.reporting.findings import LengthBins, Reliability, wilson
+from fasttx.training.metrics import Metrics
 
 # matplotlib's, which is imported when there is something to draw.
 Axes: TypeAlias = Any
@@ -37,10 +38,6 @@ STYLE: Any = {
 
 MOST_WORDS = 20  # of an attention map, so that they can be read
 MOST_CELLS = 12  # labels of a confusion matrix whose counts are written in
-
-
-class PlotsError(RuntimeError):
-    """There is nothing to draw with; the message says what to install."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The C++ kernels of the CPU: finds the library that setup.py built, and gives it torch's threads.
 
 The library has a plain C interface and knows nothing of torch, so it fits every torch version. Its
-functions take addresses; `fasttx.attention.cpu` calls them.
+functions take addresses; `fasttx.ops.cpu` calls them.
 """
 
 from __future__ import annotations

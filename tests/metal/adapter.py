@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from fasttx.kernels.metal import shaders
 
-from fasttx.attention.metal import attention, attention_qkv, rowops  # noqa: F401
+from fasttx.ops.mps.metal import attention, attention_qkv, rowops  # noqa: F401
 from tests.metal import emulator
 
 shaders.COMPILERS["cpu"] = emulator.compile_shader

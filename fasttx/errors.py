@@ -1,0 +1,51 @@
+"""What fasttx raises where a person can mend it: one family, each also the builtin that fits.
+
+Every message names the thing, its value, what was expected, and what to do. The commands show it in
+one line; any other exception is a defect of fasttx.
+"""
+
+from __future__ import annotations
+
+
+class FasttxError(Exception):
+    """The family: `except fasttx.FasttxError` catches them all."""
+
+
+class ConfigError(FasttxError, ValueError):
+    """A setting has a value that cannot work."""
+
+
+class DataError(FasttxError, ValueError):
+    """A dataset cannot be used."""
+
+
+class DeviceError(FasttxError, ValueError):
+    """This machine lacks the device or the precision that was asked for."""
+
+
+class TokenizerError(FasttxError, RuntimeError):
+    """A tokenizer file is missing, damaged, or of another kind."""
+
+
+class CheckpointError(FasttxError, RuntimeError):
+    """A file of a run is missing, damaged, or not what it should be."""
+
+
+class DivergedError(FasttxError, RuntimeError):
+    """The loss is no longer a number."""
+
+
+class BackendUnavailableError(FasttxError, RuntimeError):
+    """A backend was asked for by name and cannot run here; the message lists every reason."""
+
+
+class MetalError(FasttxError, RuntimeError):
+    """FASTTX_MPS=metal, and the Metal kernels cannot be used; the message lists why."""
+
+
+class BaselineError(FasttxError, RuntimeError):
+    """A linear model cannot be fitted here."""
+
+
+class PlotsError(FasttxError, RuntimeError):
+    """There is nothing to draw with."""

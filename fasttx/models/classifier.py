@@ -1,0 +1,109 @@
+"""The classifier: the encoder, the mean of each text's rows, and a head."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasttx.config import ModelConfig
+from fasttx.models.encoder import Encoder
+from fasttx.ops import registry
+from fasttx.text.packing import sequence_ids
+
+
+class ClassifierHead(nn.Module):
+    """Linear(d, d) - GELU - dropout - Linear(d, num_classes), on pooled texts (B, d)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.classify = nn.Linear(config.d_model, config.num_classes)
+
+    def forward(self, x: Tensor, ops: registry.Ops, seed: Tensor | None) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        x = ops.rowops.bias_act(F.linear(x, self.dense.weight), self.dense.bias, p, seed, "gelu")
+        return self.classify(x)
+
+
+def mean_pool(n: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean over the rows of each sequence: (T, d) -> (B, d), 0 for an empty one.
+
+    One product with a (B, T) matrix: unlike index_add it is reproducible on every device.
+    """
+    lens = cu_seqlens.diff()
+    batch = torch.arange(len(lens), device=n.device)
+    member = sequence_ids(cu_seqlens, len(n)) == batch[:, None]
+    with torch.autocast(n.device.type, enabled=False):
+        wide = n.to(torch.promote_types(n.dtype, torch.float32))
+        pooled = (member.to(wide.dtype) @ wide) / lens.clamp(min=1)[:, None].to(wide.dtype)
+    return pooled.to(n.dtype)
+
+
+class TransformerClassifier(Encoder):
+    """An encoder-only Transformer text classifier; the defaults have exactly 5,785,858 parameters.
+
+    `attn_backend` is checked here and resolved for the parameters' device and dtype, again whenever
+    the module moves: a model built on the CPU and moved to a GPU works, and `auto` follows.
+    Token 0 is <PAD>, 1 is <UNK>. Raises ConfigError for settings that cannot work.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 10_000,
+        num_classes: int = 2,
+        d_model: int = 256,
+        num_heads: int = 8,
+        num_layers: int = 4,
+        d_ff: int = 1024,
+        max_len: int = 256,
+        dropout: float = 0.1,
+        attn_backend: str = "auto",
+        *,
+        activation: str = "relu",
+        attention_dropout: float | None = None,
+    ) -> None:
+        registry.check_name(attn_backend)  # whose message lists the names, whatever was given
+        super().__init__(
+            ModelConfig(
+                vocab_size, num_classes, d_model, num_heads, num_layers, d_ff, max_len, dropout,
+                attn_backend, activation, attention_dropout,
+            )
+        )  # fmt: skip
+        self.head = ClassifierHead(self.config)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> TransformerClassifier:
+        return cls(**dataclasses.asdict(config))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        max_seqlen: int | None = None,
+        seed: Tensor | None = None,
+        return_attention: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits (B, num_classes).
+
+        Packed, with `cu_seqlens` (B + 1,) int32: input_ids (T,), T >= cu_seqlens[-1];
+        position_ids (T,) and max_seqlen (any upper bound) save work when given.
+        Padded, without: input_ids (B, L), attention_mask (B, L) bool or 0/1 with 1 = real token;
+        None means `input_ids != 0`. Padding may stand anywhere: logits do not depend on it.
+        seed: () int64 tensor on the device, the forward seed of every dropout mask; None draws one
+        from torch's generator in training. return_attention adds, for each layer, the attention
+        weights (B, H, max_seqlen, max_seqlen) before dropout, computed by the reference.
+        """
+        encoded = self.encode(
+            input_ids, attention_mask, cu_seqlens=cu_seqlens, position_ids=position_ids,
+            max_seqlen=max_seqlen, seed=seed, return_attention=return_attention,
+        )  # fmt: skip
+        logits = self.head(mean_pool(encoded.n, encoded.cu_seqlens), self._ops, encoded.seed)
+        return (logits, encoded.attention) if return_attention else logits

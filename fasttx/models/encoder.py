@@ -1,0 +1,227 @@
+"""The encoder: packed rows from the token ids to the last norm, whatever head comes after it.
+
+Shapes: B texts, T rows (tokens of the batch), L padded length, d d_model, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasttx.config import ModelConfig
+from fasttx.ops import registry
+from fasttx.ops.dropout import site_seeds
+from fasttx.ops.rows import layer_norm
+from fasttx.text.packing import positions, unpad
+
+
+def sinusoidal_positions(max_len: int, d_model: int) -> Tensor:
+    """(max_len, d_model): sine in even columns, cosine in odd ones (Vaswani et al., 2017, 3.5)."""
+    position = torch.arange(max_len, dtype=torch.float64)[:, None]
+    rate = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(1e4) / d_model))
+    table = torch.empty(max_len, d_model, dtype=torch.float64)
+    table[:, 0::2] = torch.sin(position * rate)
+    table[:, 1::2] = torch.cos(position * rate)
+    return table.to(torch.get_default_dtype())
+
+
+class EncoderBlock(nn.Module):
+    """One pre-norm block. It takes and hands on (h, n): the residual stream, and its LayerNorm by
+    the norm of whoever comes next, since a fused residual + norm crosses the blocks' border.
+    """
+
+    SITES = 4  # dropout sites: attention, after attention, inside the MLP, after the MLP
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.d_model
+        self.num_heads = config.num_heads
+        self.head_dim = d // config.num_heads
+        self.activation = config.activation
+        self.dropout = config.dropout
+        shared = config.attention_dropout is None
+        self.attention_dropout = config.dropout if shared else config.attention_dropout
+        self.norm1 = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.out = nn.Linear(d, d)
+        self.norm2 = nn.LayerNorm(d)
+        self.up = nn.Linear(d, config.d_ff)
+        self.down = nn.Linear(config.d_ff, d)
+
+    def project(self, n: Tensor) -> Tensor:
+        """(T, d) -> packed queries, keys and values (T, 3, H, D)."""
+        return self.qkv(n).view(len(n), 3, self.num_heads, self.head_dim)
+
+    def forward(
+        self, h: Tensor, n: Tensor, next_norm: nn.LayerNorm, ops: registry.Ops,
+        spans: dict[str, Any], seeds: list[Tensor] | list[None],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        p, p_attention = (self.dropout, self.attention_dropout) if self.training else (0.0, 0.0)
+        at_attention, after_attention, in_mlp, after_mlp = seeds
+        _, add_norm, bias_act = ops.rowops
+        mixed = ops.attention(self.project(n), **spans, dropout_p=p_attention, seed=at_attention)
+        y = F.linear(mixed.flatten(1), self.out.weight)
+        norm = self.norm2
+        h, n = add_norm(h, y, self.out.bias, norm.weight, norm.bias, p, after_attention)
+        u = bias_act(F.linear(n, self.up.weight), self.up.bias, p, in_mlp, self.activation)
+        y = F.linear(u, self.down.weight)
+        norm = next_norm
+        return add_norm(h, y, self.down.bias, norm.weight, norm.bias, p, after_mlp)
+
+
+class Encoded(NamedTuple):
+    """What `Encoder.encode` hands to a head."""
+
+    n: Tensor  # (T, d): the rows, normed
+    cu_seqlens: Tensor  # (B + 1,) int32
+    seed: Tensor | None  # for the head's dropout; None where there is none
+    attention: tuple[Tensor, ...]  # for each layer (B, H, max_seqlen, max_seqlen), if asked for
+
+
+class Encoder(nn.Module):
+    """Embedding, blocks and final norm: what every head stands on.
+
+    The backend is checked here and resolved for the parameters' device and dtype, again whenever
+    the module moves: a model built on the CPU and moved to a GPU works, and `auto` follows.
+    A subclass adds its head, then calls `reset_parameters`.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        registry.check_name(config.attn_backend)
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        table = sinusoidal_positions(config.max_len, config.d_model)
+        self.register_buffer("positions", table, persistent=False)
+        blocks = [EncoderBlock(config) for _ in range(config.num_layers)]
+        self.blocks: Sequence[EncoderBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.norm = nn.LayerNorm(config.d_model)
+        self._resolve_backend()
+
+    def reset_parameters(self) -> None:
+        """Embeddings of size 0.32 once they are scaled by sqrt(d) (so N(0, 0.02^2) at d_model 256):
+        beside positions of size 0.7, which must not drown them. <PAD> 0; torch's defaults
+        elsewhere."""
+        nn.init.normal_(self.embedding, std=0.32 / math.sqrt(self.config.d_model))
+        with torch.no_grad():
+            self.embedding[0].zero_()
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                module.reset_parameters()
+
+    def _resolve_backend(self) -> None:
+        weight = self.embedding
+        head_dim = self.config.d_model // self.config.num_heads
+        self._ops = registry.resolve_later(
+            self.config.attn_backend, weight.device, weight.dtype, head_dim
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Encoder:
+        super()._apply(fn, recurse)
+        self._resolve_backend()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Functions of a backend are not part of a copy, which may wake up on another machine.
+        return {k: v for k, v in self.__dict__.items() if k != "_ops"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._resolve_backend()
+
+    @property
+    def backend(self) -> str:
+        """The attention backend in use; raises BackendUnavailableError if it cannot run here."""
+        weight, c = self.embedding, self.config
+        return registry.resolve_name(
+            c.attn_backend, weight.device, weight.dtype, c.d_model // c.num_heads
+        )
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        max_seqlen: int | None = None,
+        seed: Tensor | None = None,
+        return_attention: bool = False,
+    ) -> Encoded:
+        """The rows after the last norm; the arguments are those of `TransformerClassifier`."""
+        if cu_seqlens is None:
+            input_ids, cu_seqlens = self._unpad(input_ids, attention_mask)
+            position_ids = max_seqlen = None
+        elif attention_mask is not None or input_ids.dim() != 1:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)} beside cu_seqlens; expected packed "
+                "(T,) ids and no attention_mask, or padded (B, L) ids without cu_seqlens"
+            )
+        if max_seqlen is None:
+            max_seqlen = self._longest(cu_seqlens)
+        if max_seqlen > self.config.max_len:
+            raise ValueError(
+                f"max_seqlen allows for {max_seqlen} tokens; expected at most max_len = "
+                f"{self.config.max_len}. Truncate the texts, or build a model with a larger max_len"
+            )
+        if position_ids is None:
+            position_ids = positions(cu_seqlens, len(input_ids))
+
+        seeds = self._site_seeds(seed)
+        spans: dict[str, Any] = {
+            "seq_starts": cu_seqlens[:-1], "seq_lens": cu_seqlens.diff(), "max_seqlen": max_seqlen
+        }  # fmt: skip
+        p = self.config.dropout if self.training else 0.0
+        h = self._ops.rowops.embed(
+            input_ids, position_ids, self.embedding, self.positions, p, seeds[0]
+        )
+        norms = [*(block.norm1 for block in self.blocks), self.norm]
+        n = layer_norm(h, norms[0].weight, norms[0].bias)
+        weights = []
+        for i, block in enumerate(self.blocks):
+            if return_attention:
+                weights.append(_weights(block.project(n), **spans))
+            at = 1 + EncoderBlock.SITES * i
+            h, n = block(h, n, norms[i + 1], self._ops, spans, seeds[at : at + EncoderBlock.SITES])
+        return Encoded(n, cu_seqlens, seeds[-1], tuple(weights))
+
+    def _unpad(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if input_ids.dim() != 2 or (mask is not None and mask.shape != input_ids.shape):
+            shape = "none" if mask is None else tuple(mask.shape)
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)} and attention_mask {shape}; "
+                "expected two equal (B, L), or packed (T,) ids with cu_seqlens"
+            )
+        return unpad(input_ids, mask)
+
+    def _longest(self, cu_seqlens: Tensor) -> int:
+        # Reading a size is free on the CPU; elsewhere it would stall, so the bound is max_len.
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+        return self.config.max_len
+
+    def _site_seeds(self, seed: Tensor | None) -> list[Tensor] | list[None]:
+        sites = 2 + EncoderBlock.SITES * len(self.blocks)
+        if not self.training:
+            return [None] * sites
+        if seed is None:
+            device = self.embedding.device
+            seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+        return list(site_seeds(seed, sites).unbind())
+
+
+def _weights(qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, max_seqlen: int) -> Tensor:
+    from fasttx.ops import padded, reference
+
+    index = padded.padded_rows(seq_starts, seq_lens, max_seqlen, len(qkv))
+    q, k, _ = (padded.gather_rows(x, index) for x in qkv.unbind(1))
+    weights = reference.attention_weights(q, k, seq_lens, causal=False, scale=None)
+    real = (index < len(qkv))[:, None, :, None]
+    return torch.where(real, weights, 0.0)

@@ -1,0 +1,85 @@
+"""The masked language model: the encoder with a head that names hidden words.
+
+Devlin et al. (2019), 3.1. A hidden word becomes <UNK>, not a token of its own: it stands for "some
+word" in texts already, and word dropout uses it the same way when the encoder is fine-tuned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasttx.config import ModelConfig
+from fasttx.models.encoder import Encoder
+from fasttx.models.linear_cross_entropy import linear_cross_entropy
+from fasttx.ops import registry
+from fasttx.ops.rows import layer_norm
+from fasttx.text.packing import RaggedIds
+from fasttx.text.tokenizer import UNK_ID
+
+
+class MaskedHead(nn.Module):
+    """Linear(d, d) - GELU - LayerNorm on rows (M, d), then the product with the token embedding
+    (shared with the encoder: Press and Wolf, 2017) and a bias for each word, both outside: where
+    the words are known, they are one operation with the loss."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.norm = nn.LayerNorm(config.d_model)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor, ops: registry.Ops) -> Tensor:
+        """The rows (M, d) of which the product with the embedding is taken."""
+        x = F.linear(x, self.dense.weight)
+        x = ops.rowops.bias_act(x, self.dense.bias, 0.0, None, "gelu")
+        return layer_norm(x, self.norm.weight, self.norm.bias)
+
+
+class MaskedLanguageModel(Encoder):
+    """`TransformerClassifier`'s encoder, weight names included, under a `MaskedHead`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.head = MaskedHead(config)
+        self.reset_parameters()
+
+    def forward(
+        self, input_ids: Tensor, *, rows: Tensor, cu_seqlens: Tensor,
+        position_ids: Tensor | None = None, max_seqlen: int | None = None,
+        seed: Tensor | None = None, labels: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """Logits (M, vocab_size) for the rows (M,) int64 of packed input_ids (T,); with labels
+        (M,) int64, the words that stand there, their summed loss and how many are named right."""
+        encoded = self.encode(
+            input_ids, cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=max_seqlen,
+            seed=seed,
+        )  # fmt: skip
+        x = self.head(encoded.n[rows], self._ops)
+        if labels is None:
+            return F.linear(x, self.embedding, self.head.bias)
+        return linear_cross_entropy(x, self.embedding, self.head.bias, labels)
+
+
+def mask_words(
+    ids: RaggedIds, share: float, vocab_size: int, stream: tuple[int, ...]
+) -> tuple[RaggedIds, np.ndarray, np.ndarray]:
+    """Hide a share of the words: `ids` to feed, rows (M,) int64 that are to be named, and the words
+    (M,) int64 that stood there. Of ten chosen, eight become <UNK>, one a random word, one stays.
+
+    Words outside the vocabulary are never chosen: they have no name. A pure function of `stream`.
+    """
+    rng = np.random.default_rng(stream)
+    chosen = (rng.random(len(ids.values)) < share) & (ids.values != UNK_ID)
+    rows = np.flatnonzero(chosen)
+    words = ids.values[rows].astype(np.int64)
+    fate = rng.random(len(rows))
+    others = rng.integers(UNK_ID + 1, max(vocab_size, UNK_ID + 2), len(rows))
+    shown = np.where(fate < 0.8, UNK_ID, np.where(fate < 0.9, others, words))
+    values = ids.values.copy()
+    values[rows] = shown
+    return replace(ids, values=values), rows, words

@@ -1,0 +1,70 @@
+"""The backends behind the signature of `torch.nn.functional.scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasttx.ops import registry
+
+
+def _spans(mask: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Start within its row and length of each sequence, (B,) int32; refuses masks with holes."""
+    batch, _, length, _ = q.shape
+    if mask is None:
+        zero = torch.zeros(batch, dtype=torch.int32, device=q.device)
+        return zero, zero + length
+    if mask.shape != (batch, length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected {(batch, length)}: "
+            "one bool or 0/1 a key, 1 = real token"
+        )
+    real = mask.to(q.device).bool()
+    position = torch.arange(length, device=q.device)
+    start = real.to(torch.uint8).argmax(1) if length else real.sum(1)
+    lens = real.sum(1)
+    expected = (position >= start[:, None]) & (position < (start + lens)[:, None])
+    if not torch.equal(real, expected):
+        row = int((real != expected).any(1).nonzero()[0])
+        raise ValueError(
+            f"attention_mask row {row} has a hole; expected the real tokens of a row to stand "
+            "together (left or right padding). Gather them first, or mask whole rows"
+        )
+    return start.int(), lens.int()
+
+
+def scaled_dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Self-attention of padded q, k, v (B, H, L, D) -> (B, H, L, D).
+
+    attention_mask (B, L), bool or 0/1, 1 = real token (Hugging Face's sense); the rows of padding
+    come out 0. Dropout draws its seed from torch's default generator. `is_causal` counts from a
+    row's first real token. Raises ValueError for shapes that differ and for masks with holes.
+    """
+    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v have shapes {shapes}; expected three equal (B, H, L, D)")
+    batch, heads, length, head_dim = q.shape
+    start, lens = _spans(attention_mask, q)
+    starts = start + length * torch.arange(batch, dtype=torch.int32, device=q.device)
+    adapter = registry.BACKENDS[
+        registry.resolve_name(backend, q.device, q.dtype, head_dim)
+    ].adapter()
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=q.device)
+    rows = (x.transpose(1, 2).reshape(batch * length, heads, head_dim) for x in (q, k, v))
+    out = adapter.attention_qkv(
+        *rows, starts, lens,
+        max_seqlen=length, dropout_p=dropout_p, seed=seed, causal=is_causal, scale=scale,
+    )  # fmt: skip
+    return out.view(batch, length, heads, head_dim).transpose(1, 2)

@@ -1,0 +1,174 @@
+"""The attention backends: one table, and how a name becomes a function.
+
+An adapter module has `attention`, `attention_qkv` (see `reference`), `rowops` and
+`unavailable_reasons(device, dtype, head_dim) -> list[str]`. It is imported when first asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from fasttx.errors import BackendUnavailableError, ConfigError
+from fasttx.ops.rows import RowOps
+
+log = logging.getLogger("fasttx")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention.
+
+    name, adapter module, one line on what it is, device types (empty: any), dtypes,
+    whose dropout masks it draws: "shared" (equal on every such backend) or "torch".
+    """
+
+    name: str
+    module: str
+    summary: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    dropout: str
+
+    def adapter(self) -> Any:
+        return importlib.import_module(self.module)
+
+    def unavailable_reasons(
+        self, device: torch.device | str, dtype: torch.dtype, head_dim: int
+    ) -> list[str]:
+        """Why it cannot run there; each reason says what to do. Empty: it can."""
+        device = torch.device(device)
+        reasons = []
+        if self.devices and device.type not in self.devices:
+            reasons.append(f"device {device.type}: needs {' or '.join(self.devices)}")
+        if dtype not in self.dtypes:
+            reasons.append(f"dtype {_short(dtype)}: takes {', '.join(map(_short, self.dtypes))}")
+        return reasons or self.adapter().unavailable_reasons(device, dtype, head_dim)
+
+
+class Ops(NamedTuple):
+    """What a model runs on: the attention function and the row operations of one backend."""
+
+    attention: Any
+    rowops: RowOps
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Fastest first: `auto` takes the first that is available.
+BACKENDS: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        Backend(
+            "cpu",
+            "fasttx.ops.cpu",
+            "fused C++ kernels for x86-64 and arm64, dropout included",
+            ("cpu",),
+            (torch.float32, torch.bfloat16, torch.float16),
+            "shared",
+        ),
+        Backend(
+            "triton",
+            "fasttx.ops.triton",
+            "fused kernels for variable lengths, written in Triton",
+            ("cuda",),
+            (torch.float32, torch.bfloat16, torch.float16),
+            "shared",
+        ),
+        Backend(
+            "mps",
+            "fasttx.ops.mps.adapter",
+            "fused Metal kernels where their self-check passes, else plain tensor algebra",
+            ("mps",),
+            (torch.float32, torch.bfloat16, torch.float16),
+            "shared",
+        ),
+        Backend(
+            "sdpa",
+            "fasttx.ops.sdpa",
+            "torch.nn.functional.scaled_dot_product_attention, without padded work on the CPU",
+            (),
+            _FLOATS,
+            "torch",
+        ),
+        Backend(
+            "reference",
+            "fasttx.ops.reference",
+            "plain tensor algebra: the specification",
+            (),
+            _FLOATS,
+            "shared",
+        ),
+    )
+}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_name(name: Any) -> None:
+    """Raises ConfigError, listing the known names, for one that is neither a backend nor `auto`."""
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
+        raise ConfigError(
+            f"unknown attention backend {name!r}; expected auto, {', '.join(BACKENDS)}"
+        )
+
+
+def resolve_name(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that `name` stands for there. An explicit name never falls back.
+
+    Raises ConfigError for an unknown name, BackendUnavailableError for one that cannot run.
+    """
+    check_name(name)
+    device = torch.device(device)
+    if name == "auto":
+        return _auto(device.type, dtype, head_dim)
+    reasons = BACKENDS[name].unavailable_reasons(device, dtype, head_dim)
+    if reasons:
+        raise BackendUnavailableError(
+            f"attention backend {name!r} cannot run on {device} with {_short(dtype)} and head_dim "
+            f"{head_dim}:\n" + "\n".join(f"  - {r}" for r in reasons)
+            + "\n`fasttx backends` shows what can; attn_backend='auto' chooses."
+        )  # fmt: skip
+    return name
+
+
+@functools.cache  # once: the choice and its log line
+def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    refused: list[str] = []
+    for backend in BACKENDS.values():
+        reasons = backend.unavailable_reasons(device_type, dtype, head_dim)
+        if not reasons:
+            why = f"; not {'; not '.join(refused)}" if refused else ": the fastest here"
+            log.info("attention backend: auto -> %s on %s%s", backend.name, device_type, why)
+            return backend.name
+        refused.append(f"{backend.name} ({'; '.join(reasons)})")
+    raise BackendUnavailableError(
+        f"no attention backend can run on {device_type} with {_short(dtype)} and head_dim "
+        f"{head_dim}:\n" + "\n".join(f"  - {reason}" for reason in refused)
+    )
+
+
+def resolve(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Ops:
+    """The functions of the backend that `name` stands for there; raises as `resolve_name`."""
+    adapter = BACKENDS[resolve_name(name, device, dtype, head_dim)].adapter()
+    return Ops(adapter.attention, adapter.rowops)
+
+
+def resolve_later(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
+    """As `resolve`, but what cannot run raises at its first call: the module may yet move."""
+    try:
+        return resolve(name, device, dtype, head_dim)
+    except BackendUnavailableError as error:
+        refuse = functools.partial(_refuse, str(error))
+        return Ops(refuse, RowOps(refuse, refuse, refuse))
+
+
+def _refuse(message: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise BackendUnavailableError(message)

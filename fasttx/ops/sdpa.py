@@ -1,0 +1,187 @@
+"""Attention by `torch.nn.functional.scaled_dot_product_attention`, with torch's own dropout masks.
+
+T rows, B sequences, L max_seqlen, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fasttx.ops import dropout
+from fasttx.ops.padded import gather_rows, padded_rows, scatter_rows
+from fasttx.ops.rows import plain_rowops
+
+
+def unavailable_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    return []
+
+
+ROWS = 512  # rows a dropout mask is drawn for at a time on the CPU: it stays in the cache
+
+
+def _draw_mask(rows: int, like: Tensor, t: int) -> Tensor:
+    """(rows, columns) of 0 and 1 by torch's CPU generator, each kept where 16 bits are >= t.
+
+    torch's own dropout draws a Bernoulli a value; comparing 16 bits is 4 to 5 times as fast.
+    """
+    shape = (rows, *like.shape[1:])
+    count = math.prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    uniforms = bits.view(torch.int16)[:count].view(shape)  # -32768 ... 32767
+    return torch.ge(uniforms, t - 2**15, out=torch.empty(shape, dtype=like.dtype))
+
+
+class _CpuDropout(torch.autograd.Function):
+    """Dropout with few large temporaries, which on the CPU cost more than arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: int) -> Tensor:
+        out = x * dropout.keep_scale(t)
+        masks = []
+        for rows in out.split(ROWS):
+            mask = _draw_mask(len(rows), out, t)
+            rows.mul_(mask)
+            masks.append(mask.bool())
+        ctx.save_for_backward(torch.cat(masks) if masks else out.bool())
+        ctx.scale = dropout.keep_scale(t)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return (grad * mask).mul_(ctx.scale), None
+
+
+class _CpuReluDropout(torch.autograd.Function):
+    """dropout(relu(u + bias)): what it lets through shows in its output, so no mask is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, bias: Tensor, t: int) -> Tensor:
+        scale = dropout.keep_scale(t)
+        out = torch.add(bias * scale, u, alpha=scale).relu_()
+        if t:
+            for rows in out.split(ROWS):
+                rows.mul_(_draw_mask(len(rows), out, t))
+        ctx.save_for_backward(out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (out,) = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad, out, 0).mul_(ctx.scale)
+        return grad, grad.sum(0), None
+
+
+def torch_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
+    """Dropout by torch's generator; `seed` is ignored. On the CPU p is rounded to 1 / 65536."""
+    t = dropout.threshold(p)
+    if t == 0:
+        return x
+    if t == dropout.ONE:
+        return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
+    if _by_hand(x):
+        return _CpuDropout.apply(x, t)
+    return F.dropout(x, p)
+
+
+def _by_hand(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _bias_act(
+    u: Tensor, bias: Tensor, p: float, seed: Tensor | None, activation: str = "relu"
+) -> Tensor:
+    t = dropout.threshold(p)
+    if activation == "relu" and t < dropout.ONE and u.requires_grad and _by_hand(u):
+        return _CpuReluDropout.apply(u, bias.to(u.dtype), t)
+    return _plain.bias_act(u, bias, p, seed, activation)
+
+
+_plain = plain_rowops(torch_dropout)
+rowops = _plain._replace(bias_act=_bias_act)
+
+
+def attention_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_starts: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention inside each sequence. q, k, v (T, H, D), seq_starts and seq_lens (B,) -> (T, H, D).
+
+    `seed` is ignored: torch's default generator draws the mask. Elsewhere as the reference.
+    """
+    return attention(
+        torch.stack([q, k, v], 1), seq_starts, seq_lens, max_seqlen=max_seqlen,
+        dropout_p=dropout_p, seed=seed, causal=causal, scale=scale,
+    )  # fmt: skip
+
+
+def attention(
+    qkv: Tensor,
+    seq_starts: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """`attention_qkv` of packed projections qkv (T, 3, H, D)."""
+    dropout.threshold(dropout_p)  # refuses what is no probability
+    if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _one_by_one(qkv, seq_starts, seq_lens, dropout_p, causal, scale)
+    return _padded(qkv, seq_starts, seq_lens, max_seqlen, dropout_p, causal, scale)
+
+
+def _one_by_one(
+    qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, p: float, causal: bool, scale: float | None
+) -> Tensor:
+    """No padded FLOPs, and one sequence's weights fit the cache; sizes are free to read here."""
+    spans = sorted((s, n) for s, n in zip(seq_starts.tolist(), seq_lens.tolist(), strict=True) if n)
+    if not spans:  # all zeros, but still in the graph: DDP waits for every parameter's gradient
+        return qkv[:, 0].masked_fill(torch.ones((), dtype=torch.bool), 0.0)
+    sizes, end = [], 0  # alternating: a gap, a sequence, ..., the last gap
+    for start, length in spans:
+        sizes += [start - end, length]
+        end = start + length
+    pieces = qkv.split([*sizes, len(qkv) - end])  # one split: its backward is one concatenation
+    out = []
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            out.append(piece.new_zeros(piece.shape[0], *piece.shape[2:]))
+            continue
+        q, k, v = piece.permute(1, 2, 0, 3).unsqueeze(1)
+        o = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal, scale=scale)
+        out.append(o[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def _padded(
+    qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, max_seqlen: int, p: float, causal: bool,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    """No size is read from the device: padded to max_seqlen, with a key mask."""
+    index = padded_rows(seq_starts, seq_lens, max_seqlen, len(qkv))
+    q, k, v = (gather_rows(x, index) for x in qkv.unbind(1))
+    position = torch.arange(max_seqlen, device=qkv.device)
+    # An empty sequence may look at its zeros: a row with no key at all is NaN in some kernels.
+    mask = ((position < seq_lens[:, None]) | (seq_lens[:, None] == 0))[:, None, None, :]
+    if causal:
+        mask = mask & (position <= position[:, None])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
+    return scatter_rows(out, index, len(qkv))

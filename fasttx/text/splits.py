@@ -1,0 +1,358 @@
+"""The splits of a run: labels as class numbers, and subsets as they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fasttx.config import TrainConfig
+from fasttx.errors import DataError
+from fasttx.text import demo
+from fasttx.text.corpora import Source, read_corpus, resolve
+from fasttx.text.subsets import draw_first, draw_stratified
+from fasttx.text.tables import NUMBER, Label, Rows, some
+
+__all__ = [
+    "DataError", "Source", "Split", "TextDataset", "load", "load_for_evaluation", "load_texts",
+    "load_unlabelled", "resolve", "texts_fingerprint",
+]  # fmt: skip
+
+PLAIN_NAMES = {"neg": "negative", "pos": "positive"}
+
+# One stream of random numbers for each draw, so that none depends on the size of another.
+_TRAIN_STREAM, _TEST_STREAM, _HELD_OUT_STREAM, _VALIDATION_STREAM = range(4)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """n texts, and their labels: (n,) int64, indices into the dataset's `label_names`."""
+
+    texts: list[str]
+    labels: np.ndarray
+
+    def label_counts(self, label_names: Sequence[str]) -> dict[str, int]:
+        counts = np.bincount(self.labels, minlength=len(label_names)).tolist()
+        return dict(zip(label_names, counts, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class TextDataset:
+    """The splits of a run. `notes` are lines to show; `fingerprint` is a SHA-256 of all texts and
+    labels, by which a resumed run knows its data."""
+
+    name: str
+    label_names: list[str]
+    train: Split
+    validation: Split
+    test: Split
+    notes: list[str]
+    fingerprint: str
+
+
+# --- the ways in ----------------------------------------------------------------------------------
+
+
+def load(config: TrainConfig) -> TextDataset:
+    """The training, validation and test split of `config`, the same for the same settings.
+
+    Validation is drawn from train unless the dataset brings one: `train_samples` // 10 more rows
+    (at least 1), or a tenth of train. Without a test split a given validation split serves as
+    test, else a tenth is held out. Raises DataError.
+    """
+    source = resolve(config.dataset)
+    corpus = read_corpus(source.name, config.text_column, config.label_column)
+    if "train" not in corpus.splits:
+        raise DataError(
+            f"{corpus.where} has no train split; it has {', '.join(corpus.splits)}. Expected "
+            "train.parquet, .csv, .tsv or .jsonl, or a folder train with a folder for each label"
+        )
+    rows = {name: read() for name, read in corpus.splits.items()}
+    label_names, given = _labelled(rows, corpus.name)
+    notes = [*source.notes, *corpus.notes]
+    notes += [note for r in rows.values() for note in r.notes if note not in notes]
+
+    train, validation, test = (given.get(name) for name in ("train", "validation", "test"))
+    assert train is not None
+    if test is None and validation is not None:
+        notes.append(f"{corpus.where} has no test split: its validation split is the test split")
+        test, validation = validation, None
+    if test is None:
+        rng = np.random.default_rng([config.seed_of_splits, _HELD_OUT_STREAM])
+        sizes = _tenth(len(train.labels), corpus.where)
+        # As they lay, for those who asked for the order of the file.
+        kept, held_out = map(np.sort, draw_stratified(train.labels, sizes, rng))
+        notes.append(f"{corpus.where} has no test split: {sizes[1]:,} of its rows are held out")
+        train, test = _take(train, kept), _take(train, held_out)
+
+    pools = {"train": train, "validation": validation or train, "test": test}
+    if validation is None:
+        sizes = _train_sizes(config, len(train.labels), rows["train"].where)
+        train, validation = _draw(train, sizes, config, _TRAIN_STREAM)
+    elif n := config.train_samples:
+        check_enough("train_samples", n, len(train.labels), rows["train"].where)
+        (train,) = _draw(train, (n,), config, _TRAIN_STREAM)
+        size = min(max(1, n // 10), len(validation.labels))
+        (validation,) = _draw(validation, (size,), config, _VALIDATION_STREAM)
+    if n := config.test_samples:
+        check_enough("test_samples", n, len(test.labels), f"the test split of {corpus.where}")
+        if n < len(test.labels):
+            (test,) = _draw(test, (n,), config, _TEST_STREAM)
+
+    splits = {"train": train, "validation": validation, "test": test}
+    if not config.allow_single_class:
+        _check_classes(splits, pools, label_names, config.subset_order)
+    fingerprint = _fingerprint(splits.values())
+    return TextDataset(corpus.name, label_names, train, validation, test, notes, fingerprint)
+
+
+def load_texts(
+    name: str, *, text_column: str | None = None, label_column: str | None = None,
+    unlabelled: bool = True,
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """All texts one may pretrain on, train's and (`unlabelled`) those without labels, never
+    validation's or test's; and notes on where they come from. `name` as `resolve` gives it.
+    Raises DataError."""
+    corpus = read_corpus(name, text_column, label_column)
+    reads: dict[str, Callable[[], list[str]]] = {**corpus.unlabelled} if unlabelled else {}
+    if train := corpus.splits.get("train"):
+        reads = {f"{corpus.where} (train)": lambda: train().texts, **reads}
+    texts, notes = _read_all(reads)
+    if not texts:
+        if unlabelled:
+            raise DataError(f"{corpus.where} has neither a train split nor unlabelled texts")
+        raise DataError(
+            f"{corpus.where} has no train split, and its unlabelled texts were not asked for; "
+            "leave out --no-unlabelled, or add a train split"
+        )
+    return texts, notes
+
+
+def load_unlabelled(name: str, text_column: str | None = None) -> tuple[list[str], list[str]]:
+    """The texts without labels of a dataset, and notes on where they come from. Raises DataError
+    where it has none."""
+    corpus = read_corpus(name, text_column, None)
+    texts, notes = _read_all(corpus.unlabelled)
+    if not texts:
+        raise DataError(
+            f"{corpus.where} has no unlabelled texts; expected a file such as unsupervised.parquet "
+            "or unlabelled.csv beside those of train and test, or a folder train/unsup"
+        )
+    return texts, notes
+
+
+def _read_all(reads: Mapping[str, Callable[[], list[str]]]) -> tuple[list[str], list[str]]:
+    texts, notes = [], []
+    for where, read in reads.items():
+        found = read()
+        texts += found
+        notes.append(f"{len(found):,} texts of {where}")
+    return texts, notes
+
+
+def load_for_evaluation(
+    path_or_name: str | Path,
+    label_names: Sequence[str],
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    split: str = "test",
+) -> Split:
+    """All of one split, its labels as indices into a saved model's `label_names`.
+
+    Where there is no test split: validation, else the only one; of a single file all rows.
+    Raises DataError, also for a label that the model does not know.
+    """
+    corpus = read_corpus(resolve(str(path_or_name)).name, text_column, label_column)
+    order = [split, "validation"] if split == "test" else [split]
+    found = [name for name in order if name in corpus.splits]
+    if not found and len(corpus.splits) == 1:
+        found = list(corpus.splits)
+    if not found:
+        raise DataError(f"{corpus.where} has no {split} split; it has {', '.join(corpus.splits)}")
+    rows = corpus.splits[found[0]]()
+    return Split(rows.texts, _as_saved(rows, label_names))
+
+
+def texts_fingerprint(texts: Sequence[str]) -> str:
+    """SHA-256 of these texts in this order."""
+    return _fingerprint([Split(list(texts), np.zeros(0, dtype=np.int64))])
+
+
+def _fingerprint(splits: Iterable[Split]) -> str:
+    digest = hashlib.sha256()
+    for split in splits:
+        for text in split.texts:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+        digest.update(split.labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+# --- subsets --------------------------------------------------------------------------------------
+
+
+def _take(split: Split, rows: np.ndarray) -> Split:
+    return Split([split.texts[i] for i in rows.tolist()], split.labels[rows])
+
+
+def _draw(split: Split, sizes: Sequence[int], config: TrainConfig, stream: int) -> list[Split]:
+    if config.subset_order == "file":
+        subsets = draw_first(split.labels, sizes)
+    else:
+        rng = np.random.default_rng([config.seed_of_splits, stream])
+        subsets = draw_stratified(split.labels, sizes, rng)
+    return [_take(split, rows) for rows in subsets]
+
+
+def _tenth(count: int, where: str) -> tuple[int, int]:
+    if count < 2:
+        raise DataError(f"{where} leaves {count} row to train on: none can be held out of it")
+    tenth = max(1, count // 10)
+    return count - tenth, tenth
+
+
+def _train_sizes(config: TrainConfig, count: int, where: str) -> tuple[int, int]:
+    """Rows to train on, and rows for validation."""
+    if config.train_samples is None:
+        return _tenth(count, where)
+    asked, more = config.train_samples, max(1, config.train_samples // 10)
+    if asked + more > count:
+        all_but_a_tenth, tenth = _tenth(count, where)
+        most = max(n for n in range(count * 9 // 10, count) if n + max(1, n // 10) <= count)
+        raise DataError(
+            f"train_samples is {asked:,}: with {more:,} more for validation that is "
+            f"{asked + more:,} rows, and {where} has {count:,}; expected at most {most:,}. Without "
+            f"--train-samples {all_but_a_tenth:,} are trained on, and {tenth:,} are validation"
+        )
+    return asked, more
+
+
+def check_enough(setting: str, asked: int, count: int, where: str) -> None:
+    if asked > count:
+        raise DataError(f"{setting} is {asked:,}; {where} has {count:,} rows, ask for at most that")
+
+
+def _check_classes(
+    splits: dict[str, Split], pools: dict[str, Split], names: list[str], order: str
+) -> None:
+    """A split with a single class is refused; `pools` are what the splits were drawn from."""
+    for which, split in splits.items():
+        count, present = len(split.labels), np.unique(split.labels)
+        # A tenth of a few rows may be one row, which has one label however it is drawn.
+        if len(present) > 1 or (which == "validation" and count == 1):
+            continue
+        if len(np.unique(pools[which].labels)) == 1:
+            why, remedy = "The data it comes from has no other label", "Use data that has several"
+        elif order == "file":
+            why = "Its rows were taken in the file's order, and the file is sorted by label"
+            remedy = "Draw the subset shuffled (--subset-order shuffled)"
+        else:
+            why, remedy = "It is too small for the rarer labels", "Take more rows"
+        name = names[present[0]]
+        raise DataError(
+            f"the {which} split ({count:,} rows) has only the label {name!r}: a model that always "
+            f"answers {name!r} scores 100 % on it, so accuracy would mean nothing. {why}. "
+            f"{remedy}, or pass --allow-single-class to go on all the same"
+        )
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def _numbered(labels: list[Label]) -> list[Label]:
+    """All of one type: integers if every label is, or is written as, one; else strings."""
+    kinds = {type(label) for label in labels}
+    if kinds == {str} and all(NUMBER.fullmatch(str(label)) for label in set(labels)):
+        return [int(str(label).partition(".")[0]) for label in labels]
+    return labels if len(kinds) == 1 else [str(label) for label in labels]
+
+
+def _plain(names: Sequence[str]) -> list[str]:
+    """IMDB's own short names, written out."""
+    return [PLAIN_NAMES[n] for n in names] if sorted(names) == ["neg", "pos"] else list(names)
+
+
+def _check_labelled(values: set[Label], where: str) -> None:
+    if values == {-1}:
+        raise DataError(
+            f"every label of {where} is -1, which stands for unlabelled; expected labelled rows"
+        )
+
+
+def _labelled(rows: dict[str, Rows], name: str) -> tuple[list[str], dict[str, Split]]:
+    """The names of the labels, which are those of train, and the splits in terms of them."""
+    joined = _numbered([label for r in rows.values() for label in r.labels])
+    labels, start = {}, 0
+    for split, r in rows.items():
+        labels[split] = joined[start : start + len(r.labels)]
+        _check_labelled(set(labels[split]), r.where)
+        start += len(r.labels)
+
+    train = rows["train"]
+    codes, label_names = _codes(labels["train"], train, name)
+    for split, r in rows.items():
+        if r.label_names and train.label_names and r.label_names != train.label_names:
+            raise DataError(
+                f"{r.where} names its labels {r.label_names}, {train.where} {train.label_names}; "
+                "expected the same names in the same order"
+            )
+        if unknown := sorted(set(labels[split]) - codes.keys()):
+            raise DataError(
+                f"{r.where} has labels that {train.where} has not: {some(unknown)}; that has "
+                f"{some(list(codes))}. Remove those rows, or train on every label"
+            )
+    return label_names, {
+        split: Split(r.texts, np.array([codes[v] for v in labels[split]], dtype=np.int64))
+        for split, r in rows.items()
+    }
+
+
+def _codes(labels: list[Label], train: Rows, name: str) -> tuple[dict[Label, int], list[str]]:
+    """Label as written -> class number, and the names of the classes."""
+    values = sorted(set(labels))  # all integers or all strings
+    names = train.label_names
+    if name == "imdb" and set(values) <= {0, 1}:
+        names = demo.LABEL_NAMES
+    if names and isinstance(values[0], int):
+        if outside := [v for v in values if v not in range(len(names))]:
+            raise DataError(
+                f"{train.where} has the label {some(outside)}, and names for 0 to "
+                f"{len(names) - 1} (-1 stands for unlabelled). Remove or relabel those rows"
+            )
+        return {number: number for number in range(len(names))}, _plain(names)
+    if len(values) == len(labels) >= 10:
+        raise DataError(
+            f"{train.where} has another label in every row ({some(values)}): that is no column "
+            "of labels; name the right one with --label-column"
+        )
+    return {v: i for i, v in enumerate(values)}, _plain([str(v) for v in values])
+
+
+def _as_saved(rows: Rows, label_names: Sequence[str]) -> np.ndarray:
+    """Labels as class numbers of a saved model: by name, else integers by number."""
+    number = {name: i for i, name in enumerate(label_names)}
+    numeric = any(NUMBER.fullmatch(name) for name in label_names)
+    own = _plain(rows.label_names or [])
+    by_name = bool(own) and set(own) <= number.keys()
+
+    def find(label: Label) -> int | None:
+        if isinstance(label, int) and by_name:
+            return number[own[label]] if 0 <= label < len(own) else None
+        if isinstance(label, str) or numeric:
+            return number.get(str(label), number.get(PLAIN_NAMES.get(str(label), "")))
+        return label if 0 <= label < len(number) else None
+
+    labels = _numbered(rows.labels)
+    _check_labelled(set(labels), rows.where)
+    codes = {label: find(label) for label in set(labels)}
+    if unknown := sorted(label for label, code in codes.items() if code is None):
+        raise DataError(
+            f"{rows.where} has labels that the model was not trained on: {some(unknown)}; it "
+            f"knows {some(list(label_names))}. Relabel or remove those rows"
+        )
+    return np.array([codes[label] for label in labels], dtype=np.int64)

@@ -1,0 +1,128 @@
+"""`test_predictions.npz`: what a finished run answered on its test split, for whoever looks closer;
+`pseudo_labels.npz`: what an ensemble says of texts without labels, for the next run to learn from.
+
+Shapes: n texts, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fasttx.errors import CheckpointError
+from fasttx.files import atomic_write
+from fasttx.training.metrics import Metrics, classification_metrics, log_softmax
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """logits (n, C) float32 and true labels (n,) int64, in the order of the split."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return classification_metrics(self.logits, self.labels)
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """(n,) int64: the class with the highest logit, the first one among equals."""
+        return self.logits.argmax(1)
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """(n,) float64: the probability of the predicted class."""
+        best: np.ndarray = np.exp(log_softmax(self.logits).max(1))
+        return best
+
+    @cached_property
+    def correct(self) -> np.ndarray:
+        """(n,) bool."""
+        right: np.ndarray = self.predicted == self.labels
+        return right
+
+    def save(self, path: Path) -> None:
+        """Written whole or not at all; `numpy.load` reads it."""
+        with atomic_write(path) as f:
+            np.savez_compressed(
+                f, logits=self.logits.astype(np.float32), labels=self.labels.astype(np.int64)
+            )
+
+    @classmethod
+    def load(cls, path: Path, classes: int) -> Predictions:
+        """Raises CheckpointError for a file that is damaged, or no predictions of `classes`."""
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                logits, labels = found["logits"], found["labels"]
+            predictions = cls(logits, labels)
+            if logits.ndim == 2 and logits.shape[1] != classes:
+                raise ValueError(f"its logits have {logits.shape[1]} classes, expected {classes}")
+            classification_metrics(logits, labels)  # checks shapes, types and values
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError,
+                zipfile.BadZipFile) as error:  # fmt: skip
+            raise CheckpointError(
+                f"{path} holds no predictions, or is damaged or cut short ({error}). "
+                "Delete it: `fasttx report` makes it again"
+            ) from error
+        return predictions
+
+
+@dataclass(frozen=True, eq=False)
+class PseudoLabels:
+    """probabilities (n, C) float32 of the classes `label_names`, one row a text; `texts` is the
+    SHA-256 of these texts in their order (`data.texts_fingerprint`), `splits` that of the labelled
+    splits whose training and validation labels they come from."""
+
+    probabilities: np.ndarray
+    label_names: tuple[str, ...]
+    texts: str
+    splits: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of texts and probabilities, by which a resumed run knows them."""
+        rows = np.ascontiguousarray(self.probabilities, dtype="<f4").tobytes()
+        return hashlib.sha256(self.texts.encode() + rows).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Written whole or not at all; `numpy.load` reads it."""
+        with atomic_write(path) as f:
+            np.savez_compressed(
+                f, probabilities=self.probabilities.astype(np.float32),
+                label_names=np.array(self.label_names), texts=np.array(self.texts),
+                splits=np.array(self.splits),
+            )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path) -> PseudoLabels:
+        """Raises CheckpointError for a file that is missing, damaged, or no probabilities."""
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                rows = found["probabilities"]
+                names = tuple(str(name) for name in found["label_names"].tolist())
+                texts, splits = str(found["texts"]), str(found["splits"])
+            if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != len(names):
+                raise ValueError(f"{rows.dtype} of shape {rows.shape} for {len(names)} classes")
+            if not (rows >= 0).all() or not np.allclose(rows.sum(1), 1, atol=1e-4):
+                raise ValueError("its rows are not probabilities")
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{path} does not exist. Make it: fasttx ensemble RUN ... --pseudo-labels --out "
+                f"{path.parent}"
+            ) from error
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError,
+                zipfile.BadZipFile) as error:  # fmt: skip
+            raise CheckpointError(
+                f"{path} holds no pseudo-labels, or is damaged or cut short ({error}). Make it "
+                "again: fasttx ensemble --pseudo-labels"
+            ) from error
+        return cls(rows, names, texts, splits)

@@ -1,0 +1,340 @@
+"""The loop: what it minimises, what it saves, and that a resume changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fasttx.config import ModelConfig, TrainConfig
+from fasttx.device import Uploads
+from fasttx.errors import CheckpointError, DivergedError
+from fasttx.load import predict_logits
+from fasttx.models.classifier import TransformerClassifier
+from fasttx.text.packing import RaggedIds, pack, shuffled_batches
+from fasttx.training import progress as report
+from fasttx.training.checkpoint import Progress, RunConfig, RunFolder, load_state
+from fasttx.training.distributed import Processes
+from fasttx.training.trainer import (
+    Examples,
+    Interrupted,
+    Trainer,
+    drop_words,
+    learning_rate,
+    make_optimizer,
+)
+
+MODEL = ModelConfig(
+    vocab_size=100, d_model=32, num_heads=4, num_layers=2, d_ff=64, max_len=40, dropout=0.1
+)
+VARYING = {"seconds", "samples_per_second"}  # what a clock says differs from run to run
+
+
+@pytest.fixture
+def examples() -> Examples:
+    rng = np.random.default_rng(0)
+    ids = RaggedIds.from_lists(
+        [rng.integers(2, 100, rng.integers(1, 40)).tolist() for _ in range(150)]
+    )
+    labels = np.array([int((ids[i] < 50).mean() > 0.5) for i in range(len(ids))])
+    return Examples(ids, labels)
+
+
+def make_trainer(folder: Path, backend: str = "sdpa", **settings) -> Trainer:
+    model = settings.pop("model", MODEL)
+    config = TrainConfig(**{"epochs": 2, "lr": 1e-3, "log_every": 2, "model": model} | settings)
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    built = TransformerClassifier.from_config(model)
+    built.config = model
+    run = RunConfig(config, backend, "cpu", ("a", "b"), {})
+    return Trainer(built, run, RunFolder(folder), torch.device("cpu"), Processes())
+
+
+def lines(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in VARYING} for row in rows]
+
+
+def test_learning_rate_against_torch_schedulers() -> None:
+    config = TrainConfig(lr=0.5, warmup_steps=10, schedule="cosine")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
+    for step in range(10, 100):
+        assert learning_rate(config, step, 100) == pytest.approx(cosine.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        cosine.step()
+    assert [learning_rate(config, s, 100) for s in (0, 4, 9)] == pytest.approx([0.05, 0.25, 0.5])
+    assert learning_rate(TrainConfig(lr=0.1), 10**6, 10) == 0.1
+
+
+def test_weight_decay_spares_vectors() -> None:
+    model = TransformerClassifier.from_config(MODEL)
+    decayed, spared = make_optimizer(
+        model, TrainConfig(optimizer="adamw", weight_decay=0.1)
+    ).param_groups
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
+    assert all(p.dim() == 2 for p in decayed["params"]) and all(
+        p.dim() == 1 for p in spared["params"]
+    )
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_drop_words_share_and_reproducibility() -> None:
+    ids = RaggedIds.from_lists([[5] * 50_000])
+    dropped = drop_words(ids, 0.15, (1, 2))
+    share = float((dropped.values == 1).mean())
+    assert abs(share - 0.15) < 5 * math.sqrt(0.15 * 0.85 / 50_000)
+    assert np.array_equal(dropped.values, drop_words(ids, 0.15, (1, 2)).values)
+    assert not np.array_equal(dropped.values, drop_words(ids, 0.15, (1, 3)).values)
+
+
+def test_one_epoch_equals_a_plain_loop(tmp_path: Path, examples: Examples) -> None:
+    """Accumulation, label smoothing and clipping against torch written out by hand."""
+    model = ModelConfig(**{**vars(MODEL), "dropout": 0.0})
+    trainer = make_trainer(
+        tmp_path, model=model, epochs=1, batch_size=16, grad_accumulation=2, grad_clip=0.5,
+        label_smoothing=0.1, optimizer="sgd", lr=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = TransformerClassifier.from_config(model)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    batches = list(shuffled_batches(len(examples), 16, seed=0, epoch=0))
+    for i in range(0, len(batches), 2):
+        indices = np.concatenate(batches[i : i + 2])
+        batch = pack(examples.ids.select(indices), examples.labels[indices])
+        optimizer.zero_grad()
+        F.cross_entropy(plain(**batch.model_inputs()), batch.labels, label_smoothing=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+    trainer.fit(examples, examples)
+    for (name, mine), theirs in zip(
+        trainer.model.named_parameters(), plain.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
+    assert trainer.progress.step == 5 and trainer.progress.samples == 150
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("stop_at", [1, 5, 7])
+def test_resume_is_bit_identical(
+    tmp_path: Path, examples: Examples, backend: str, stop_at: int
+) -> None:
+    """A run that dies after a step, its checkpoints some steps old, ends as if it had not."""
+    settings = {
+        "model": ModelConfig(**{**vars(MODEL), "attn_backend": backend}),
+        "word_dropout": 0.1,
+        "grad_clip": 1.0,
+        "schedule": "cosine",
+    }
+    whole = make_trainer(tmp_path / "whole", backend, **settings)
+    whole.fit(examples, examples)
+
+    class Killed(Exception):
+        pass
+
+    def die(progress: Progress, reviews: int) -> None:
+        if progress.step == stop_at:
+            raise Killed
+
+    broken = make_trainer(tmp_path / "broken", backend, checkpoint_seconds=0.0, **settings)
+    with pytest.raises(Killed):
+        broken.fit(examples, examples, die)
+    resumed = make_trainer(tmp_path / "broken", backend, **settings)
+    assert resumed.restore() == (stop_at > 1)
+    resumed.fit(examples, examples)
+
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+    best = [load_state(tmp_path / run / "best_model.pt") for run in ("whole", "broken")]
+    assert all(torch.equal(best[0][k], best[1][k]) for k in best[0])
+
+
+def test_interrupt_saves_and_resumes(tmp_path: Path, examples: Examples) -> None:
+    import os
+    import signal
+
+    trainer = make_trainer(tmp_path, checkpoint_seconds=1e9)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupt(progress: Progress, reviews: int) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        trainer.fit(examples, examples, interrupt)
+    assert signal.getsignal(signal.SIGTERM) is before
+    again = make_trainer(tmp_path)
+    assert again.restore() and again.progress.step in (3, 4)
+
+
+def test_divergence_is_an_error_and_keeps_the_last_sound_state(
+    tmp_path: Path, examples: Examples
+) -> None:
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.fit(examples, examples)
+    sound = trainer.folder.last.read_bytes()
+    torch.nn.init.constant_(trainer.model.norm.weight, float("nan"))
+    trainer.progress.epoch = 0
+    with pytest.raises(DivergedError, match="lower --lr"):
+        trainer.fit(examples, examples)
+    assert trainer.folder.last.read_bytes() == sound
+
+
+def test_restore_refuses_a_foreign_checkpoint(tmp_path: Path, examples: Examples) -> None:
+    trainer = make_trainer(tmp_path)
+    torch.save({"model": {}}, trainer.folder.last)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt"):
+        trainer.restore()
+    trainer.folder.last.write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt"):
+        trainer.restore()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_trains(tmp_path: Path, examples: Examples, precision: str) -> None:
+    trainer = make_trainer(tmp_path, epochs=1, precision=precision)
+    start = trainer.model.embedding.detach().clone()
+    progress = trainer.fit(examples, examples)
+    assert math.isfinite(progress.history[0]["train_loss"])
+    assert not torch.equal(start, trainer.model.embedding)
+    assert trainer.model.embedding.dtype == torch.float32
+    assert make_trainer(tmp_path, epochs=1, precision=precision).restore()
+
+
+def test_evaluation_order_and_accuracy(examples: Examples) -> None:
+    """Batches are sorted by length inside; what comes out is in the order of what went in."""
+    model = TransformerClassifier.from_config(MODEL).eval()
+    logits = predict_logits(model, examples.ids, torch.device("cpu"), batch_size=7)
+    for i in (0, 17, 149):
+        batch = pack(examples.ids.select(np.array([i])))
+        torch.testing.assert_close(logits[i : i + 1], model(**batch.model_inputs()).detach())
+
+
+def test_it_learns(tmp_path: Path, examples: Examples) -> None:
+    trainer = make_trainer(tmp_path, epochs=30, lr=3e-3)
+    history = trainer.fit(examples, examples).history
+    assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
+    assert trainer.progress.best["val_accuracy"] > 0.95
+
+
+# ------------------------------------------------------------------------- what MPS asks of a run
+
+
+def test_rounding_batches_up_changes_no_result(tmp_path, examples, monkeypatch):
+    """Masks count from a text's own beginning and its own row, so a dead tail moves none."""
+    settings = {"epochs": 1, "batch_size": 16, "model": replace(MODEL, attn_backend="reference")}
+    plain = make_trainer(tmp_path / "plain", **settings)
+    plain.fit(examples, examples)
+    shapes = set()
+    monkeypatch.setattr("fasttx.device.token_multiple", lambda device, precision: 64)
+    rounded = make_trainer(tmp_path / "rounded", **settings)
+    rounded.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.add(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    rounded.fit(examples, examples)
+    assert all(rows % 64 == 0 for rows in shapes)
+    mine, theirs = (trainer.progress.history[0] for trainer in (rounded, plain))
+    assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-5)
+    assert mine["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-5)
+
+
+def test_bf16_on_a_cpu_meets_few_shapes(tmp_path, examples):
+    """Training and measuring alike: torch keeps a product for every shape that it meets."""
+    trainer = make_trainer(tmp_path / "run", epochs=1, batch_size=16, precision="bf16")
+    shapes = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append((module.training, len(kwargs["input_ids"]))),
+        with_kwargs=True,
+    )
+    trainer.fit(examples, examples)
+    assert {training for training, _ in shapes} == {True, False}
+    assert all(rows % 128 == 0 for _, rows in shapes)
+
+
+class Keeping(Uploads):
+    """As on MPS, to the CPU."""
+
+    def __call__(self, x):
+        self.kept.append(x)
+        return x
+
+
+def test_uploads_are_kept_until_the_host_has_waited(tmp_path, examples):
+    trainer = make_trainer(tmp_path / "run", epochs=1, batch_size=16, log_every=3)
+    trainer._upload = Keeping(torch.device("cpu"))
+    counts = []
+    trainer._train_epoch(examples, lambda *_: counts.append(len(trainer._upload.kept)))
+    # A batch and a seed each step; every third step writes a log line, and so has waited.
+    assert counts == [2, 4, 6, 2, 4, 6, 2, 4, 6, 2]
+    trainer._read_totals()
+    assert trainer._upload.kept == []
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("mps", 1), ("cuda", 0), ("cpu", 0)])
+def test_where_uploads_are_kept(kind, kept):
+    class Sent:
+        def to(self, device, non_blocking):
+            assert device == torch.device(kind) and non_blocking
+            return "there"
+
+    upload = Uploads(torch.device(kind))
+    assert upload(Sent()) == "there"
+    assert len(upload.kept) == kept
+
+
+@pytest.mark.parametrize(("precision", "heeds", "fused"), [
+    ("fp16", True, True), ("fp16", False, False), ("fp32", False, True), ("bf16", False, True),
+])  # fmt: skip
+def test_no_fused_step_that_ignores_an_overflow(monkeypatch, precision, heeds, fused):
+    monkeypatch.setattr("fasttx.device.fused_steps_heed_overflow", lambda device: heeds)
+    model = TransformerClassifier.from_config(MODEL)
+    optimizer = make_optimizer(model, TrainConfig(precision=precision))
+    assert optimizer.defaults["fused"] is fused
+
+
+def test_fused_steps_are_tried(monkeypatch):
+    from fasttx import device
+
+    cpu = torch.device("cpu")
+    assert device.fused_steps_heed_overflow.__wrapped__(cpu)
+    step = torch.optim.SGD.step
+
+    def careless(self):
+        del self.found_inf
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", careless)
+    assert not device.fused_steps_heed_overflow.__wrapped__(cpu)
+
+
+def test_progress_lines_tell_the_rate_and_the_time_left(monkeypatch, caplog) -> None:
+    """10 reviews a second, an epoch of 100, from the middle of its first one on."""
+    progress = Progress(samples=50)
+    monkeypatch.setattr("fasttx.training.progress.time.perf_counter", lambda: progress.samples / 10)
+    display = report.ProgressDisplay(2, 100, seconds=3.0)
+    row = {"train_loss": 0.5, "train_accuracy": 0.8, "val_loss": 0.4, "val_accuracy": 0.9,
+           "seconds": 10.0, "samples_per_second": 10.0}  # fmt: skip
+    with caplog.at_level("INFO", "fasttx"):
+        while progress.epoch < 2:
+            for _ in range((100 * (progress.epoch + 1) - progress.samples) // 10):
+                progress.samples += 10
+                display.on_batch(progress, 10)
+            display.on_epoch({**row, "epoch": progress.epoch + 1})
+            progress.epoch += 1
+    rates = [line for line in caplog.messages if "samples/s" in line and "left" in line]
+    assert rates == [
+        "epoch 1/2  90 of 100 reviews  10.0 samples/s  0:11 left",
+        "epoch 2/2  40 of 100 reviews  10.0 samples/s  0:06 left",
+        "epoch 2/2  70 of 100 reviews  10.0 samples/s  0:03 left",
+        "epoch 2/2  100 of 100 reviews  10.0 samples/s  0:00 left",
+    ]
+    assert [line.split()[0] for line in caplog.messages if line not in rates] == ["epoch", "1", "2"]
