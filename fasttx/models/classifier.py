@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
 from fasttx.models.encoder import Encoder
+from fasttx.models.layers import linear, product_and_bias
 from fasttx.ops import registry
+from fasttx.ops.contract import Operations
+from fasttx.ops.dropout import Dropout
 from fasttx.text.packing import sequence_ids
 
 
@@ -19,14 +21,12 @@ class ClassifierHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
         self.dense = nn.Linear(config.d_model, config.d_model)
         self.classify = nn.Linear(config.d_model, config.num_classes)
 
-    def forward(self, x: Tensor, ops: registry.Ops, seed: Tensor | None) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        x = ops.rowops.bias_act(F.linear(x, self.dense.weight), self.dense.bias, p, seed, "gelu")
-        return self.classify(x)
+    def forward(self, x: Tensor, ops: Operations, dropout: Dropout) -> Tensor:
+        x, bias = product_and_bias(ops, self.dense, x)
+        return linear(ops, self.classify, ops.bias_act(x, bias, dropout, "gelu"))
 
 
 def mean_pool(n: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -105,5 +105,5 @@ class TransformerClassifier(Encoder):
             input_ids, attention_mask, cu_seqlens=cu_seqlens, position_ids=position_ids,
             max_seqlen=max_seqlen, seed=seed, return_attention=return_attention,
         )  # fmt: skip
-        logits = self.head(mean_pool(encoded.n, encoded.cu_seqlens), self._ops, encoded.seed)
+        logits = self.head(mean_pool(encoded.n, encoded.cu_seqlens), self._ops, encoded.dropout)
         return (logits, encoded.attention) if return_attention else logits

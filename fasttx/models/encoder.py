@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
+from fasttx.models.layers import add_norm, linear, product_and_bias
 from fasttx.ops import registry
-from fasttx.ops.dropout import site_seeds
-from fasttx.ops.rows import layer_norm
+from fasttx.ops.contract import Operations, Spans
+from fasttx.ops.dropout import NO_DROPOUT, Dropout, site_seeds
 from fasttx.text.packing import positions, unpad
 
 
@@ -53,25 +53,32 @@ class EncoderBlock(nn.Module):
         self.up = nn.Linear(d, config.d_ff)
         self.down = nn.Linear(config.d_ff, d)
 
-    def project(self, n: Tensor) -> Tensor:
+    def project(self, n: Tensor, ops: Operations) -> Tensor:
         """(T, d) -> packed queries, keys and values (T, 3, H, D)."""
-        return self.qkv(n).view(len(n), 3, self.num_heads, self.head_dim)
+        return linear(ops, self.qkv, n).view(len(n), 3, self.num_heads, self.head_dim)
 
     def forward(
-        self, h: Tensor, n: Tensor, next_norm: nn.LayerNorm, ops: registry.Ops,
-        spans: dict[str, Any], seeds: list[Tensor] | list[None],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        p, p_attention = (self.dropout, self.attention_dropout) if self.training else (0.0, 0.0)
-        at_attention, after_attention, in_mlp, after_mlp = seeds
-        _, add_norm, bias_act = ops.rowops
-        mixed = ops.attention(self.project(n), **spans, dropout_p=p_attention, seed=at_attention)
-        y = F.linear(mixed.flatten(1), self.out.weight)
-        norm = self.norm2
-        h, n = add_norm(h, y, self.out.bias, norm.weight, norm.bias, p, after_attention)
-        u = bias_act(F.linear(n, self.up.weight), self.up.bias, p, in_mlp, self.activation)
-        y = F.linear(u, self.down.weight)
-        norm = next_norm
-        return add_norm(h, y, self.down.bias, norm.weight, norm.bias, p, after_mlp)
+        self,
+        h: Tensor,
+        n: Tensor,
+        next_norm: nn.Module,
+        ops: Operations,
+        spans: Spans,
+        dropouts: Sequence[Dropout],
+    ) -> tuple[Tensor, Tensor]:
+        at_attention, after_attention, in_mlp, after_mlp = dropouts
+        mixed = ops.attention(self.project(n, ops), spans, at_attention)
+        y, bias = product_and_bias(ops, self.out, mixed.flatten(1))
+        h, n = add_norm(ops, h, y, bias, self.norm2, after_attention)
+        u, bias = product_and_bias(ops, self.up, n)
+        u = ops.bias_act(u, bias, in_mlp, self.activation)
+        y, bias = product_and_bias(ops, self.down, u)
+        return add_norm(ops, h, y, bias, next_norm, after_mlp)
+
+    def dropouts(self, seeds: Sequence[Tensor]) -> tuple[Dropout, ...]:
+        """The block's dropout sites, from their seeds."""
+        p = (self.attention_dropout, self.dropout, self.dropout, self.dropout)
+        return tuple(map(Dropout.of, p, seeds))
 
 
 class Encoded(NamedTuple):
@@ -79,7 +86,7 @@ class Encoded(NamedTuple):
 
     n: Tensor  # (T, d): the rows, normed
     cu_seqlens: Tensor  # (B + 1,) int32
-    seed: Tensor | None  # for the head's dropout; None where there is none
+    dropout: Dropout  # of the head
     attention: tuple[Tensor, ...]  # for each layer (B, H, max_seqlen, max_seqlen), if asked for
 
 
@@ -119,7 +126,7 @@ class Encoder(nn.Module):
     def _resolve_backend(self) -> None:
         weight = self.embedding
         head_dim = self.config.d_model // self.config.num_heads
-        self._ops = registry.resolve_later(
+        self._ops: Operations = registry.resolve_later(
             self.config.attn_backend, weight.device, weight.dtype, head_dim
         )
 
@@ -174,23 +181,19 @@ class Encoder(nn.Module):
         if position_ids is None:
             position_ids = positions(cu_seqlens, len(input_ids))
 
-        seeds = self._site_seeds(seed)
-        spans: dict[str, Any] = {
-            "seq_starts": cu_seqlens[:-1], "seq_lens": cu_seqlens.diff(), "max_seqlen": max_seqlen
-        }  # fmt: skip
-        p = self.config.dropout if self.training else 0.0
-        h = self._ops.rowops.embed(
-            input_ids, position_ids, self.embedding, self.positions, p, seeds[0]
-        )
+        spans = Spans.from_cu_seqlens(cu_seqlens, max_seqlen, len(input_ids))
+        at_embedding, *in_blocks, at_head = self._dropouts(seed)
+        ops, scale = self._ops, math.sqrt(self.config.d_model)
+        h = ops.embed(input_ids, position_ids, self.embedding, self.positions, at_embedding, scale)
         norms = [*(block.norm1 for block in self.blocks), self.norm]
-        n = layer_norm(h, norms[0].weight, norms[0].bias)
+        n = norms[0](h)
         weights = []
         for i, block in enumerate(self.blocks):
             if return_attention:
-                weights.append(_weights(block.project(n), **spans))
-            at = 1 + EncoderBlock.SITES * i
-            h, n = block(h, n, norms[i + 1], self._ops, spans, seeds[at : at + EncoderBlock.SITES])
-        return Encoded(n, cu_seqlens, seeds[-1], tuple(weights))
+                weights.append(_weights(block.project(n, ops), spans))
+            sites = in_blocks[EncoderBlock.SITES * i : EncoderBlock.SITES * (i + 1)]
+            h, n = block(h, n, norms[i + 1], ops, spans, sites)
+        return Encoded(n, cu_seqlens, at_head, tuple(weights))
 
     def _unpad(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if input_ids.dim() != 2 or (mask is not None and mask.shape != input_ids.shape):
@@ -207,21 +210,27 @@ class Encoder(nn.Module):
             return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
         return self.config.max_len
 
-    def _site_seeds(self, seed: Tensor | None) -> list[Tensor] | list[None]:
-        sites = 2 + EncoderBlock.SITES * len(self.blocks)
+    def _dropouts(self, seed: Tensor | None) -> list[Dropout]:
+        """Every dropout site in the order of the forward pass: embedding, blocks, head."""
+        count = 2 + EncoderBlock.SITES * len(self.blocks)
         if not self.training:
-            return [None] * sites
+            return [NO_DROPOUT] * count
         if seed is None:
             device = self.embedding.device
             seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-        return list(site_seeds(seed, sites).unbind())
+        first, *seeds = site_seeds(seed, count).unbind()
+        p, sites = self.config.dropout, EncoderBlock.SITES
+        dropouts = [Dropout.of(p, first)]
+        for i, block in enumerate(self.blocks):
+            dropouts += block.dropouts(seeds[sites * i : sites * (i + 1)])
+        return [*dropouts, Dropout.of(p, seeds[-1])]
 
 
-def _weights(qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, max_seqlen: int) -> Tensor:
+def _weights(qkv: Tensor, spans: Spans) -> Tensor:
     from fasttx.ops import padded, reference
 
-    index = padded.padded_rows(seq_starts, seq_lens, max_seqlen, len(qkv))
+    index = padded.padded_rows(spans.starts, spans.lens, spans.max_seqlen, len(qkv))
     q, k, _ = (padded.gather_rows(x, index) for x in qkv.unbind(1))
-    weights = reference.attention_weights(q, k, seq_lens, causal=False, scale=None)
+    weights = reference.attention_weights(q, k, spans.lens, causal=False, scale=None)
     real = (index < len(qkv))[:, None, :, None]
     return torch.where(real, weights, 0.0)

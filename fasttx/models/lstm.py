@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
 from fasttx.models.classifier import TransformerClassifier
-from fasttx.ops.dropout import require_seed, row_dropout, site_seeds
+from fasttx.ops.dropout import Dropout, require_seed, row_dropout, site_seeds
 
 
 def equal_hidden_size(config: ModelConfig) -> int:
@@ -83,10 +83,11 @@ class LSTMClassifier(nn.Module):
         """
         p = self.config.dropout if self.training else 0.0
         at_words, at_text = site_seeds(require_seed(seed), 2).unbind() if p else (None, None)
-        x = row_dropout(F.embedding(input_ids, self.embedding), p, at_words)
+        x = row_dropout(F.embedding(input_ids, self.embedding), Dropout.of(p, at_words))
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
-        pooled = row_dropout(self._pool_states(x, cu_seqlens, max_seqlen), p, at_text)
+        pooled = self._pool_states(x, cu_seqlens, max_seqlen)
+        pooled = row_dropout(pooled, Dropout.of(p, at_text))
         logits: Tensor = self.classify(pooled)
         return logits
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
 from fasttx.models.encoder import Encoder
+from fasttx.models.layers import product_and_bias
 from fasttx.models.linear_cross_entropy import linear_cross_entropy
-from fasttx.ops import registry
-from fasttx.ops.rows import layer_norm
+from fasttx.ops.contract import Operations
+from fasttx.ops.dropout import NO_DROPOUT
 from fasttx.text.packing import RaggedIds
 from fasttx.text.tokenizer import UNK_ID
 
@@ -33,11 +34,11 @@ class MaskedHead(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, x: Tensor, ops: registry.Ops) -> Tensor:
+    def forward(self, x: Tensor, ops: Operations) -> Tensor:
         """The rows (M, d) of which the product with the embedding is taken."""
-        x = F.linear(x, self.dense.weight)
-        x = ops.rowops.bias_act(x, self.dense.bias, 0.0, None, "gelu")
-        return layer_norm(x, self.norm.weight, self.norm.bias)
+        x, bias = product_and_bias(ops, self.dense, x)
+        normed: Tensor = self.norm(ops.bias_act(x, bias, NO_DROPOUT, "gelu"))
+        return normed
 
 
 class MaskedLanguageModel(Encoder):

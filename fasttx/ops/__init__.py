@@ -1,13 +1,9 @@
-"""Attention on interchangeable backends: the table is in `registry`, the meaning in `reference`."""
+"""The operations that a model runs on, on interchangeable backends.
 
-from fasttx.errors import BackendUnavailableError
+`contract` says what they are, `reference` and `plain` what they compute, `registry` who has them.
+"""
+
 from fasttx.ops.functional import scaled_dot_product_attention
 from fasttx.ops.registry import BACKENDS, Backend, resolve
 
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "BackendUnavailableError",
-    "resolve",
-    "scaled_dot_product_attention",
-]
+__all__ = ["BACKENDS", "Backend", "resolve", "scaled_dot_product_attention"]

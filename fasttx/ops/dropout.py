@@ -11,7 +11,7 @@ All words are uint32 values held in int64 tensors: plain torch has no unsigned m
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,13 +99,34 @@ def row_keep(seed: Tensor, rows: int, columns: int, t: int) -> Tensor:
     return uniforms16(philox4x32(counter, split_seed(seed)), columns) >= t
 
 
-def row_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Dropout of x (rows, columns) by the shared generator; seed () int64 on x's device."""
-    t = threshold(p)
+class Dropout(NamedTuple):
+    """A dropout site: an element is kept where its 16-bit uniform is at least `threshold`.
+
+    seed: () int64 tensor on the device; None where nothing is dropped. p: the probability that was
+    asked for, which torch's own masks need.
+    """
+
+    threshold: int
+    seed: Tensor | None
+    p: float
+
+    @classmethod
+    def of(cls, p: float, seed: Tensor | None) -> Dropout:
+        """Raises ValueError for a p outside [0, 1], TypeError for a missing or wrong seed."""
+        t = threshold(p)
+        return cls(t, require_seed(seed) if t else None, p)
+
+
+NO_DROPOUT = Dropout(0, None, 0.0)
+
+
+def row_dropout(x: Tensor, dropout: Dropout) -> Tensor:
+    """Dropout of x (rows, columns) by the shared generator."""
+    t = dropout.threshold
     if t == 0:
         return x
     rows, columns = x.shape
-    keep = row_keep(require_seed(seed), rows, columns, t)
+    keep = row_keep(require_seed(dropout.seed), rows, columns, t)
     return torch.where(keep, x * keep_scale(t), 0.0)
 
 

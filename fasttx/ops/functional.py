@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fasttx.ops import registry
+from fasttx.ops.contract import Spans
+from fasttx.ops.dropout import NO_DROPOUT, Dropout
 
 
 def _spans(mask: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,15 +58,12 @@ def scaled_dot_product_attention(
     batch, heads, length, head_dim = q.shape
     start, lens = _spans(attention_mask, q)
     starts = start + length * torch.arange(batch, dtype=torch.int32, device=q.device)
-    adapter = registry.BACKENDS[
-        registry.resolve_name(backend, q.device, q.dtype, head_dim)
-    ].adapter()
-    seed = None
-    if dropout_p > 0:
+    operations = registry.resolve(backend, q.device, q.dtype, head_dim)
+    dropout = NO_DROPOUT
+    if dropout_p != 0:
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=q.device)
-    rows = (x.transpose(1, 2).reshape(batch * length, heads, head_dim) for x in (q, k, v))
-    out = adapter.attention_qkv(
-        *rows, starts, lens,
-        max_seqlen=length, dropout_p=dropout_p, seed=seed, causal=is_causal, scale=scale,
-    )  # fmt: skip
+        dropout = Dropout.of(dropout_p, seed)
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, heads, head_dim) for x in (q, k, v))
+    spans = Spans(starts, lens, length)
+    out = operations.attention_qkv(q, k, v, spans, dropout, causal=is_causal, scale=scale)
     return out.view(batch, length, heads, head_dim).transpose(1, 2)

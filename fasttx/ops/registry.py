@@ -1,8 +1,4 @@
-"""The attention backends: one table, and how a name becomes a function.
-
-An adapter module has `attention`, `attention_qkv` (see `reference`), `rowops` and
-`unavailable_reasons(device, dtype, head_dim) -> list[str]`. It is imported when first asked for.
-"""
+"""The backends: one table, and how a name becomes the operations of a model."""
 
 from __future__ import annotations
 
@@ -10,22 +6,23 @@ import functools
 import importlib
 import logging
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from fasttx.errors import BackendUnavailableError, ConfigError
-from fasttx.ops.rows import RowOps
+from fasttx.ops.contract import Adapter, Operations
 
 log = logging.getLogger("fasttx")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention.
+    """One way to compute the operations.
 
-    name, adapter module, one line on what it is, device types (empty: any), dtypes,
-    whose dropout masks it draws: "shared" (equal on every such backend) or "torch".
+    module: holds the `adapter`, and is imported when first asked for. summary: one line on what it
+    is. devices: types (empty: any). dropout: whose masks it draws, "shared" (equal on every such
+    backend) or "torch". describes: it has an `Adapter.description`.
     """
 
     name: str
@@ -34,9 +31,15 @@ class Backend:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     dropout: str
+    describes: bool = False
 
-    def adapter(self) -> Any:
-        return importlib.import_module(self.module)
+    def adapter(self) -> Adapter:
+        adapter: Adapter = importlib.import_module(self.module).adapter
+        return adapter
+
+    @property
+    def operations(self) -> Operations:
+        return self.adapter().operations
 
     def unavailable_reasons(
         self, device: torch.device | str, dtype: torch.dtype, head_dim: int
@@ -51,61 +54,54 @@ class Backend:
         return reasons or self.adapter().unavailable_reasons(device, dtype, head_dim)
 
 
-class Ops(NamedTuple):
-    """What a model runs on: the attention function and the row operations of one backend."""
-
-    attention: Any
-    rowops: RowOps
-
-
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Fastest first: `auto` takes the first that is available.
-BACKENDS: dict[str, Backend] = {
-    b.name: b
-    for b in (
-        Backend(
-            "cpu",
-            "fasttx.ops.cpu",
-            "fused C++ kernels for x86-64 and arm64, dropout included",
-            ("cpu",),
-            (torch.float32, torch.bfloat16, torch.float16),
-            "shared",
-        ),
-        Backend(
-            "triton",
-            "fasttx.ops.triton",
-            "fused kernels for variable lengths, written in Triton",
-            ("cuda",),
-            (torch.float32, torch.bfloat16, torch.float16),
-            "shared",
-        ),
-        Backend(
-            "mps",
-            "fasttx.ops.mps.adapter",
-            "fused Metal kernels where their self-check passes, else plain tensor algebra",
-            ("mps",),
-            (torch.float32, torch.bfloat16, torch.float16),
-            "shared",
-        ),
-        Backend(
-            "sdpa",
-            "fasttx.ops.sdpa",
-            "torch.nn.functional.scaled_dot_product_attention, without padded work on the CPU",
-            (),
-            _FLOATS,
-            "torch",
-        ),
-        Backend(
-            "reference",
-            "fasttx.ops.reference",
-            "plain tensor algebra: the specification",
-            (),
-            _FLOATS,
-            "shared",
-        ),
-    )
-}
+_HALVES = (torch.float32, torch.bfloat16, torch.float16)
+_TABLE = (
+    Backend(
+        "cpu",
+        "fasttx.ops.cpu",
+        "fused C++ kernels for x86-64 and arm64, dropout included",
+        ("cpu",),
+        _HALVES,
+        "shared",
+    ),
+    Backend(
+        "triton",
+        "fasttx.ops.triton",
+        "fused kernels for variable lengths, written in Triton",
+        ("cuda",),
+        _HALVES,
+        "shared",
+    ),
+    Backend(
+        "mps",
+        "fasttx.ops.mps.adapter",
+        "fused Metal kernels where their self-check passes, else plain tensor algebra",
+        ("mps",),
+        _HALVES,
+        "shared",
+        describes=True,
+    ),
+    Backend(
+        "sdpa",
+        "fasttx.ops.sdpa",
+        "torch.nn.functional.scaled_dot_product_attention, without padded work on the CPU",
+        (),
+        _FLOATS,
+        "torch",
+    ),
+    Backend(
+        "reference",
+        "fasttx.ops.reference",
+        "plain tensor algebra: the specification",
+        (),
+        _FLOATS,
+        "shared",
+    ),
+)
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _TABLE}
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -155,20 +151,35 @@ def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     )
 
 
-def resolve(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Ops:
-    """The functions of the backend that `name` stands for there; raises as `resolve_name`."""
-    adapter = BACKENDS[resolve_name(name, device, dtype, head_dim)].adapter()
-    return Ops(adapter.attention, adapter.rowops)
+def resolve(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Operations:
+    """The operations of the backend that `name` stands for there; raises as `resolve_name`."""
+    return BACKENDS[resolve_name(name, device, dtype, head_dim)].operations
 
 
-def resolve_later(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
+def resolve_later(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Operations:
     """As `resolve`, but what cannot run raises at its first call: the module may yet move."""
     try:
         return resolve(name, device, dtype, head_dim)
     except BackendUnavailableError as error:
-        refuse = functools.partial(_refuse, str(error))
-        return Ops(refuse, RowOps(refuse, refuse, refuse))
+        return _Refused(str(error))
 
 
-def _refuse(message: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise BackendUnavailableError(message)
+class _Refused:
+    """Operations that raise why they cannot run."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise BackendUnavailableError(self._message)
+
+    attention = attention_qkv = embed = add_norm = bias_act = linear = _refuse
+
+
+def descriptions(used: str) -> dict[str, dict[str, Any]]:
+    """What each backend that describes itself chose in this process; {} where it was not `used`."""
+    return {
+        backend.name: backend.adapter().description() if backend.name == used else {}
+        for backend in BACKENDS.values()
+        if backend.describes
+    }

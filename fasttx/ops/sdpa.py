@@ -1,6 +1,7 @@
-"""Attention by `torch.nn.functional.scaled_dot_product_attention`, with torch's own dropout masks.
+"""Backend `sdpa`: `torch.nn.functional.scaled_dot_product_attention`, with torch's own masks.
 
-T rows, B sequences, L max_seqlen, H heads, D head_dim.
+T rows, B sequences, L max_seqlen, H heads, D head_dim. Every dropout site draws from torch's
+default generator; the seeds of the sites are ignored.
 """
 
 from __future__ import annotations
@@ -12,16 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasttx.ops import dropout
+from fasttx.ops.contract import Adapter, Spans
+from fasttx.ops.dropout import NO_DROPOUT, ONE, Dropout, keep_scale
 from fasttx.ops.padded import gather_rows, padded_rows, scatter_rows
-from fasttx.ops.rows import plain_rowops
+from fasttx.ops.plain import PlainOperations
 
-
-def unavailable_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    return []
-
-
-ROWS = 512  # rows a dropout mask is drawn for at a time on the CPU: it stays in the cache
+ROWS = 512  # that a dropout mask is drawn for at a time on the CPU: it stays in the cache
 
 
 def _draw_mask(rows: int, like: Tensor, t: int) -> Tensor:
@@ -41,14 +38,14 @@ class _CpuDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: int) -> Tensor:
-        out = x * dropout.keep_scale(t)
+        out = x * keep_scale(t)
         masks = []
         for rows in out.split(ROWS):
             mask = _draw_mask(len(rows), out, t)
             rows.mul_(mask)
             masks.append(mask.bool())
         ctx.save_for_backward(torch.cat(masks) if masks else out.bool())
-        ctx.scale = dropout.keep_scale(t)
+        ctx.scale = keep_scale(t)
         return out
 
     @staticmethod
@@ -62,7 +59,7 @@ class _CpuReluDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, bias: Tensor, t: int) -> Tensor:
-        scale = dropout.keep_scale(t)
+        scale = keep_scale(t)
         out = torch.add(bias * scale, u, alpha=scale).relu_()
         if t:
             for rows in out.split(ROWS):
@@ -78,85 +75,61 @@ class _CpuReluDropout(torch.autograd.Function):
         return grad, grad.sum(0), None
 
 
-def torch_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
-    """Dropout by torch's generator; `seed` is ignored. On the CPU p is rounded to 1 / 65536."""
-    t = dropout.threshold(p)
-    if t == 0:
-        return x
-    if t == dropout.ONE:
-        return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
-    if _by_hand(x):
-        return _CpuDropout.apply(x, t)
-    return F.dropout(x, p)
-
-
 def _by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _bias_act(
-    u: Tensor, bias: Tensor, p: float, seed: Tensor | None, activation: str = "relu"
-) -> Tensor:
-    t = dropout.threshold(p)
-    if activation == "relu" and t < dropout.ONE and u.requires_grad and _by_hand(u):
-        return _CpuReluDropout.apply(u, bias.to(u.dtype), t)
-    return _plain.bias_act(u, bias, p, seed, activation)
+class SdpaOperations(PlainOperations):
+    def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
+        """Dropout by torch's generator. On the CPU p is rounded to 1 / 65536."""
+        t = dropout.threshold
+        if t == 0:
+            return x
+        if t == ONE:
+            return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
+        return _CpuDropout.apply(x, t) if _by_hand(x) else F.dropout(x, dropout.p)
+
+    def bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
+        t = dropout.threshold
+        if activation == "relu" and t < ONE and u.requires_grad and _by_hand(u):
+            return _CpuReluDropout.apply(u, bias.to(u.dtype), t)
+        return super().bias_act(u, bias, dropout, activation)
+
+    def attention_qkv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spans: Spans,
+        dropout: Dropout = NO_DROPOUT,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        qkv = torch.stack([q, k, v], 1)
+        return self.attention(qkv, spans, dropout, causal=causal, scale=scale)
+
+    def attention(
+        self,
+        qkv: Tensor,
+        spans: Spans,
+        dropout: Dropout = NO_DROPOUT,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        way = _one_by_one if _by_hand(qkv) else _padded
+        return way(qkv, spans, dropout.p, causal, scale)
 
 
-_plain = plain_rowops(torch_dropout)
-rowops = _plain._replace(bias_act=_bias_act)
-
-
-def attention_qkv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seq_starts: Tensor,
-    seq_lens: Tensor,
-    *,
-    max_seqlen: int,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """Attention inside each sequence. q, k, v (T, H, D), seq_starts and seq_lens (B,) -> (T, H, D).
-
-    `seed` is ignored: torch's default generator draws the mask. Elsewhere as the reference.
-    """
-    return attention(
-        torch.stack([q, k, v], 1), seq_starts, seq_lens, max_seqlen=max_seqlen,
-        dropout_p=dropout_p, seed=seed, causal=causal, scale=scale,
-    )  # fmt: skip
-
-
-def attention(
-    qkv: Tensor,
-    seq_starts: Tensor,
-    seq_lens: Tensor,
-    *,
-    max_seqlen: int,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """`attention_qkv` of packed projections qkv (T, 3, H, D)."""
-    dropout.threshold(dropout_p)  # refuses what is no probability
-    if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _one_by_one(qkv, seq_starts, seq_lens, dropout_p, causal, scale)
-    return _padded(qkv, seq_starts, seq_lens, max_seqlen, dropout_p, causal, scale)
-
-
-def _one_by_one(
-    qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, p: float, causal: bool, scale: float | None
-) -> Tensor:
+def _one_by_one(qkv: Tensor, spans: Spans, p: float, causal: bool, scale: float | None) -> Tensor:
     """No padded FLOPs, and one sequence's weights fit the cache; sizes are free to read here."""
-    spans = sorted((s, n) for s, n in zip(seq_starts.tolist(), seq_lens.tolist(), strict=True) if n)
-    if not spans:  # all zeros, but still in the graph: DDP waits for every parameter's gradient
+    starts, lens = spans.starts.tolist(), spans.lens.tolist()
+    live = sorted((s, n) for s, n in zip(starts, lens, strict=True) if n)
+    if not live:  # all zeros, but still in the graph: DDP waits for every parameter's gradient
         return qkv[:, 0].masked_fill(torch.ones((), dtype=torch.bool), 0.0)
     sizes, end = [], 0  # alternating: a gap, a sequence, ..., the last gap
-    for start, length in spans:
+    for start, length in live:
         sizes += [start - end, length]
         end = start + length
     pieces = qkv.split([*sizes, len(qkv) - end])  # one split: its backward is one concatenation
@@ -171,17 +144,27 @@ def _one_by_one(
     return torch.cat(out)
 
 
-def _padded(
-    qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, max_seqlen: int, p: float, causal: bool,
-    scale: float | None,
-) -> Tensor:  # fmt: skip
+def _padded(qkv: Tensor, spans: Spans, p: float, causal: bool, scale: float | None) -> Tensor:
     """No size is read from the device: padded to max_seqlen, with a key mask."""
-    index = padded_rows(seq_starts, seq_lens, max_seqlen, len(qkv))
+    index = padded_rows(spans.starts, spans.lens, spans.max_seqlen, len(qkv))
     q, k, v = (gather_rows(x, index) for x in qkv.unbind(1))
-    position = torch.arange(max_seqlen, device=qkv.device)
+    position = torch.arange(spans.max_seqlen, device=qkv.device)
+    lens = spans.lens[:, None]
     # An empty sequence may look at its zeros: a row with no key at all is NaN in some kernels.
-    mask = ((position < seq_lens[:, None]) | (seq_lens[:, None] == 0))[:, None, None, :]
+    mask = ((position < lens) | (lens == 0))[:, None, None, :]
     if causal:
         mask = mask & (position <= position[:, None])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
     return scatter_rows(out, index, len(qkv))
+
+
+class Sdpa(Adapter):
+    operations = SdpaOperations()
+
+    def unavailable_reasons(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int
+    ) -> list[str]:
+        return []
+
+
+adapter: Adapter = Sdpa()

@@ -16,13 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttx.ops import dropout
+from fasttx.ops.contract import Adapter, Spans
+from fasttx.ops.dropout import NO_DROPOUT, Dropout, attention_keep, keep_scale, require_seed
 from fasttx.ops.padded import gather_rows, padded_rows, scatter_rows
-from fasttx.ops.rows import specification as rowops  # noqa: F401  (part of the adapter)
-
-
-def unavailable_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    return []
+from fasttx.ops.plain import PlainOperations
 
 
 def _weights(q: Tensor, k: Tensor, seq_lens: Tensor, causal: bool, scale: float) -> Tensor:
@@ -57,8 +54,8 @@ class _Attention(torch.autograd.Function):
             dropped = weights
             if t:
                 b, h, n, _ = weights.shape
-                keep = dropout.attention_keep(dropout.require_seed(seed), b, h, n, n, t)
-                dropped = torch.where(keep, weights * dropout.keep_scale(t), 0.0)
+                keep = attention_keep(require_seed(seed), b, h, n, n, t)
+                dropped = torch.where(keep, weights * keep_scale(t), 0.0)
             out = (dropped @ v.to(wide)).to(q.dtype)
         ctx.save_for_backward(q, k, v, weights, dropped if t else None, out)
         ctx.scale = scale
@@ -81,32 +78,36 @@ class _Attention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
 
 
-def attention_qkv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seq_starts: Tensor,
-    seq_lens: Tensor,
-    *,
-    max_seqlen: int,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """Attention inside each sequence. q, k, v (T, H, D), seq_starts and seq_lens (B,) -> (T, H, D).
+class LeanOperations(PlainOperations):
+    """Attention is differentiable once; every device and dtype."""
 
-    As the reference, dropout mask included; differentiable once. Takes every device and dtype.
-    """
-    t = dropout.threshold(dropout_p)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    index = padded_rows(seq_starts, seq_lens, max_seqlen, len(q))
-    q_, k_, v_ = (gather_rows(x, index) for x in (q, k, v))
-    out = _Attention.apply(q_, k_, v_, seq_lens, t, seed, causal, scale)
-    return scatter_rows(out, index, len(q))
+    def attention_qkv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spans: Spans,
+        dropout: Dropout = NO_DROPOUT,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        index = padded_rows(spans.starts, spans.lens, spans.max_seqlen, len(q))
+        q_, k_, v_ = (gather_rows(x, index) for x in (q, k, v))
+        out = _Attention.apply(
+            q_, k_, v_, spans.lens, dropout.threshold, dropout.seed, causal, scale
+        )
+        return scatter_rows(out, index, len(q))
 
 
-def attention(qkv: Tensor, seq_starts: Tensor, seq_lens: Tensor, **options: Any) -> Tensor:
-    """`attention_qkv` of packed projections qkv (T, 3, H, D)."""
-    q, k, v = qkv.unbind(1)
-    return attention_qkv(q, k, v, seq_starts, seq_lens, **options)
+class Lean(Adapter):
+    operations = LeanOperations()
+
+    def unavailable_reasons(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int
+    ) -> list[str]:
+        return []
+
+
+adapter: Adapter = Lean()

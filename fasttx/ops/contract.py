@@ -1,0 +1,168 @@
+"""The contract of a backend: the five operations that a model runs on, and what an adapter brings.
+
+Shapes: T tokens of a packed batch (rows), B sequences, H heads, D head_dim, d columns, V words.
+
+To add a backend, write an `Adapter` in a file of this folder and a line in `registry.BACKENDS`. Its
+operations either follow `plain.PlainOperations` (tensor algebra, torch's autograd) or are made of
+launchers by `fused.FusedOperations`, which adds everything that is the same for all kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fasttx.ops.dropout import NO_DROPOUT, Dropout
+
+LAYER_NORM_EPS = 1e-5
+ACTIVATIONS = ("relu", "gelu")
+
+
+class Spans(NamedTuple):
+    """Where the sequences of a packed batch lie: first row and length of each, (B,) int32.
+
+    `max_seqlen` is at least the longest length; a larger one costs time and changes no result.
+    Rows outside every sequence come out of attention as 0, and so do their gradients.
+    """
+
+    starts: Tensor
+    lens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, starts: Tensor, lens: Tensor, max_seqlen: int, rows: int) -> Spans:
+        """Checked spans of a batch with so many rows.
+
+        Types and shapes are checked everywhere; values only on the CPU, where reading them does not
+        wait for a device. Raises TypeError and ValueError.
+        """
+        for name, x in (("seq_starts", starts), ("seq_lens", lens)):
+            if x.dtype not in _INTEGERS or x.dim() != 1 or x.shape != lens.shape:
+                raise TypeError(
+                    f"{name} is {x.dtype} {tuple(x.shape)}; expected int32 (B,), the same B for "
+                    "both"
+                )
+        if starts.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_values(starts, lens, max_seqlen, rows)
+        return cls(starts.to(torch.int32), lens.to(torch.int32), max_seqlen)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, rows: int) -> Spans:
+        """Those that `cu_seqlens` (B + 1,) bounds, as FlashAttention has it; raises as `of`."""
+        if cu_seqlens.dtype not in _INTEGERS or cu_seqlens.dim() != 1 or not len(cu_seqlens):
+            raise TypeError(
+                f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; expected int32 "
+                "(B + 1,)"
+            )
+        return cls.of(cu_seqlens[:-1], cu_seqlens.diff(), max_seqlen, rows)
+
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def _check_values(starts: Tensor, lens: Tensor, max_seqlen: int, rows: int) -> None:
+    spans = list(zip(starts.tolist(), lens.tolist(), strict=True))
+    for i, (start, length) in enumerate(spans):
+        if start < 0 or length < 0 or start + length > rows:
+            raise ValueError(
+                f"sequence {i} is rows {start} to {start + length} (length {length}); expected "
+                f"rows within 0 to {rows}"
+            )
+        if length > max_seqlen:
+            raise ValueError(
+                f"sequence {i} has {length} rows and max_seqlen is {max_seqlen}; expected a "
+                "max_seqlen that no sequence exceeds"
+            )
+    end = 0
+    for start, length in sorted(span for span in spans if span[1]):
+        if start < end:
+            raise ValueError(
+                f"the sequence that starts at row {start} overlaps another one; expected "
+                "seq_starts and seq_lens to cut out separate runs of rows"
+            )
+        end = start + length
+
+
+class Operations(Protocol):
+    """What a model runs on. Every backend computes the same functions, dropout masks included."""
+
+    def attention(
+        self,
+        qkv: Tensor,
+        spans: Spans,
+        dropout: Dropout = NO_DROPOUT,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """softmax(q k^T scale) v inside each sequence, dropout on the weights; read in place.
+
+        qkv (T, 3, H, D) -> (T, H, D). scale: D ** -0.5 by default.
+        """
+
+    def attention_qkv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spans: Spans,
+        dropout: Dropout = NO_DROPOUT,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The same of projections that lie apart, three equal (T, H, D) with any strides."""
+
+    def embed(
+        self,
+        ids: Tensor,
+        position_ids: Tensor,
+        table: Tensor,
+        positions: Tensor,
+        dropout: Dropout,
+        scale: float,
+    ) -> Tensor:
+        """dropout(table[ids] * scale + positions[position_ids]): ids, position_ids (T,) -> (T, d).
+
+        table (V, d); positions (longest, d), which gets no gradient.
+        """
+
+    def add_norm(
+        self,
+        h: Tensor,
+        y: Tensor,
+        bias: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        dropout: Dropout,
+        eps: float = LAYER_NORM_EPS,
+    ) -> tuple[Tensor, Tensor]:
+        """h' = h + dropout(y + bias) and LayerNorm(h') * gamma + beta; h, y (T, d) -> two (T, d).
+
+        The second may come in y's dtype: autocast would round it to that for the next layer.
+        """
+
+    def bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
+        """dropout(act(u + bias)), act "relu" or "gelu" (exact, by erf): u (T, d) -> (T, d)."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x weight^T + bias, as `torch.nn.functional.linear`: x (T, in), weight (out, in)."""
+
+
+class Adapter(Protocol):
+    """One backend. `registry.Backend` imports it when it is first asked for."""
+
+    def unavailable_reasons(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int
+    ) -> list[str]:
+        """Why it cannot run there; each reason says what to do. Empty: it can."""
+
+    @property
+    def operations(self) -> Operations:
+        """Asked for only where there are no such reasons."""
+
+    def description(self) -> dict[str, Any]:
+        """What it chose on this machine and why, for reports; most choose nothing."""
+        return {}

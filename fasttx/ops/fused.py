@@ -1,0 +1,583 @@
+"""From launchers of kernels to the operations of a backend: everything that is the same for all.
+
+Launchers read and write real tensors. Here stand the checks of their arguments, the dtypes that
+kernels do not store, the operators `torch.ops.fasttx_<name>.*` with shapes for tensors without data
+(torch.compile, export), their derivatives, and the refusal of derivatives that kernels do not have.
+`torch.library.Library` is used directly: `custom_op` costs about twice as much a call.
+
+T rows, B sequences, H heads, D head_dim, d columns, V words. Dropout travels as `threshold` (its
+probability times 65536) and `seed`, a () int64 tensor or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fasttx.ops.contract import ACTIVATIONS, LAYER_NORM_EPS, Spans
+from fasttx.ops.dropout import NO_DROPOUT, Dropout
+
+
+class AttentionLaunchers(Protocol):
+    """q, k, v, out, dout, dq, dk, dv (T, H, D): any strides, the last dimension contiguous.
+
+    lse (H, T) float32, the natural logarithm of each row's sum of exponentials; starts, lens (B,)
+    int32. Both launchers write every row of what they write, zeros where no sequence is.
+    """
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor,
+        lens: Tensor, max_seqlen: int, threshold: int, seed: Tensor | None, causal: bool,
+        scale: float,
+    ) -> None: ...  # fmt: skip
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor,
+        dk: Tensor, dv: Tensor, starts: Tensor, lens: Tensor, max_seqlen: int, threshold: int,
+        seed: Tensor | None, causal: bool, scale: float,
+    ) -> None: ...  # fmt: skip
+
+
+class EmbedLaunchers(Protocol):
+    """ids (T,) int64, position_ids (T,) int32, table (V, d), positions (longest, d), out (T, d)."""
+
+    def forward(
+        self, ids: Tensor, position_ids: Tensor, table: Tensor, positions: Tensor, out: Tensor,
+        threshold: int, seed: Tensor | None, scale: float,
+    ) -> None: ...  # fmt: skip
+
+    def backward(
+        self, dout: Tensor, ids: Tensor, dtable: Tensor, threshold: int, seed: Tensor | None,
+        scale: float,
+    ) -> None: ...  # fmt: skip
+
+
+class AddNormLaunchers(Protocol):
+    """h, y, total, normed and their gradients (T, d); moments (2, T) float32.
+
+    moments: the mean and the reciprocal deviation of each row of total. normed has y's dtype.
+    dtotal may be None. dvectors (3, d) float32: dbias, dgamma, dbeta.
+    """
+
+    def forward(
+        self, h: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, total: Tensor,
+        normed: Tensor, moments: Tensor, threshold: int, seed: Tensor | None, eps: float,
+    ) -> None: ...  # fmt: skip
+
+    def backward(
+        self, dtotal: Tensor | None, dnormed: Tensor, total: Tensor, gamma: Tensor,
+        moments: Tensor, dh: Tensor, dy: Tensor, dvectors: Tensor, threshold: int,
+        seed: Tensor | None,
+    ) -> None: ...  # fmt: skip
+
+
+class BiasActLaunchers(Protocol):
+    """u, out and their gradients (T, d), bias (d,), dbias (d,) float32.
+
+    backward of gelu is given u and bias, that of relu `out`, which shows what relu let through.
+    """
+
+    def forward(
+        self, u: Tensor, bias: Tensor, out: Tensor, threshold: int, seed: Tensor | None, gelu: bool
+    ) -> None: ...
+
+    def backward(
+        self, dout: Tensor, u: Tensor | None, bias: Tensor | None, out: Tensor | None, du: Tensor,
+        dbias: Tensor, threshold: int, seed: Tensor | None, gelu: bool,
+    ) -> None: ...  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launchers:
+    """The modules of `fasttx.kernels.<device>`, one an operation, and what their kernels store.
+
+    dtypes: of what linear layers take and give (qkv, y, u); stream: of the residual stream, vectors
+    and tables. Tensors of another dtype are widened to float32 on the way in, and what comes of
+    them is rounded on the way out. keys: the dispatch keys of torch that the kernels serve.
+    """
+
+    attention: AttentionLaunchers
+    embed: EmbedLaunchers
+    add_norm: AddNormLaunchers
+    bias_act: BiasActLaunchers
+    dtypes: tuple[torch.dtype, ...]
+    stream: tuple[torch.dtype, ...]
+    keys: tuple[str, ...]
+
+
+_DROPOUT = "int threshold, Tensor? seed"
+_ATTENTION = f"Tensor starts, Tensor lens, SymInt max_seqlen, {_DROPOUT}, bool causal, float scale"
+
+
+class FusedOperations:
+    """The `contract.Operations` of a backend with kernels; differentiable once, in reverse mode."""
+
+    def __init__(self, name: str, launchers: Launchers) -> None:
+        self._name, self._launch = name, launchers
+        self._library = torch.library.Library(f"fasttx_{name}", "DEF")
+        self._attention, self._attention_qkv = self._define_attention()
+        self._embed = self._define_embed()
+        self._add_norm = self._define_add_norm()
+        self._bias_act = self._define_bias_act()
+
+    # --- operators --------------------------------------------------------------------------------
+
+    def _define(self, schema: str, fake: Callable[..., Any], run: Callable[..., Any]) -> Any:
+        """The operator with this schema: `run` computes, `fake` says what comes out."""
+        name = self._library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in self._launch.keys:
+            self._library.impl(name, run, key)
+        space = self._library.ns
+        torch.library.register_fake(f"{space}::{name}", fake, lib=self._library)
+        return getattr(getattr(torch.ops, space), name).default
+
+    def _derive(self, name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+        """The derivative of operator `name`, which calls the operator `name`_backward."""
+        space = f"{self._library.ns}::{name}"
+        torch.library.register_autograd(space, backward, setup_context=save, lib=self._library)
+        # Without this torch only warns, and leaves the missing terms out of a second derivative.
+        torch.library.register_autograd(
+            f"{space}_backward", self._no_second_derivative, lib=self._library
+        )
+
+    def _no_second_derivative(self, ctx: Any, *gradients: Tensor | None) -> None:
+        raise NotImplementedError(
+            f"the {self._name} backend has no second derivative (create_graph=True); "
+            "use attn_backend='reference'"
+        )
+
+    def _define_attention(self) -> tuple[Any, Any]:
+        launch = self._launch.attention
+
+        def like(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+            rows, heads, _ = q.shape
+            return q.new_empty(q.shape), q.new_empty((heads, rows), dtype=torch.float32)
+
+        def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+            out, lse = like(q)
+            if out.numel():
+                launch.forward(_dense(q), _dense(k), _dense(v), out, lse, *_spans(options))
+            return out, lse
+
+        def gradients(
+            dout: Tensor, qkv: tuple[Tensor, ...], rest: tuple[Any, ...], to: tuple[Tensor, ...]
+        ) -> None:
+            (q, k, v), (dq, dk, dv) = map(_dense, qkv), to
+            out, lse, *options = rest
+            if out.numel():
+                spans = _spans(tuple(options))
+                launch.backward(_dense(dout), q, k, v, out, lse, dq, dk, dv, *spans)
+
+        def packed_backward(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+            dqkv = qkv.new_empty(qkv.shape)
+            gradients(dout, qkv.unbind(1), rest, dqkv.unbind(1))
+            return dqkv
+
+        def apart_backward(
+            dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+        ) -> tuple[Tensor, ...]:
+            written = tuple(q.new_empty(q.shape) for _ in range(3))
+            gradients(dout, (q, k, v), rest, written)
+            return written
+
+        packed = self._define(
+            f"attention(Tensor qkv, {_ATTENTION}) -> (Tensor, Tensor)",
+            lambda qkv, *rest: like(qkv[:, 0]),
+            lambda qkv, *rest: forward(*qkv.unbind(1), *rest),
+        )
+        apart = self._define(
+            f"attention_qkv(Tensor q, Tensor k, Tensor v, {_ATTENTION}) -> (Tensor, Tensor)",
+            like,
+            forward,
+        )
+        packed_gradient = self._define(
+            f"attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_ATTENTION})"
+            " -> Tensor",
+            lambda dout, qkv, *rest: qkv.new_empty(qkv.shape),
+            packed_backward,
+        )
+        apart_gradient = self._define(
+            "attention_qkv_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
+            f"Tensor lse, {_ATTENTION}) -> (Tensor, Tensor, Tensor)",
+            lambda dout, q, *rest: tuple(q.new_empty(q.shape) for _ in range(3)),
+            apart_backward,
+        )
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+            *projections, starts, lens, max_seqlen, threshold, seed, causal, scale = inputs
+            ctx.save_for_backward(*projections, *output, starts, lens, seed)
+            ctx.options = max_seqlen, threshold, causal, scale
+            ctx.set_materialize_grads(False)  # lse has none
+
+        def backward(operator: Any, count: int) -> Callable[..., Any]:
+            def derivative(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+                if dout is None:
+                    return (None,) * (count + 7)
+                *tensors, starts, lens, seed = ctx.saved_tensors
+                max_seqlen, threshold, causal, scale = ctx.options
+                options = (starts, lens, max_seqlen, threshold, seed, causal, scale)
+                found = operator(dout, *tensors, *options)
+                return (*((found,) if count == 1 else found), *(None,) * 7)
+
+            return derivative
+
+        self._derive("attention", save, backward(packed_gradient, 1))
+        self._derive("attention_qkv", save, backward(apart_gradient, 3))
+        return packed, apart
+
+    def _define_embed(self) -> Any:
+        launch = self._launch.embed
+
+        def like(
+            ids: Tensor, position_ids: Tensor, table: Tensor, positions: Tensor, *rest: Any
+        ) -> Tensor:
+            dtype = torch.promote_types(table.dtype, positions.dtype)
+            return table.new_empty((ids.shape[0], table.shape[1]), dtype=dtype)
+
+        def forward(
+            ids: Tensor, position_ids: Tensor, table: Tensor, positions: Tensor, *rest: Any
+        ) -> Tensor:
+            out = like(ids, position_ids, table, positions)
+            if out.numel():
+                ids, position_ids = ids.long().contiguous(), position_ids.int().contiguous()
+                launch.forward(
+                    ids, position_ids, table.contiguous(), positions.contiguous(), out, *rest
+                )
+            return out
+
+        def like_table(
+            dout: Tensor, ids: Tensor, words: int, dtype: torch.dtype, *rest: Any
+        ) -> Tensor:
+            return dout.new_empty((words, dout.shape[1]), dtype=dtype)
+
+        def gradient(
+            dout: Tensor, ids: Tensor, words: int, dtype: torch.dtype, *rest: Any
+        ) -> Tensor:
+            dtable = like_table(dout, ids, words, dtype)
+            if not dout.numel():
+                return dtable.zero_()
+            launch.backward(dout.contiguous(), ids.long().contiguous(), dtable, *rest)
+            return dtable
+
+        options = f"{_DROPOUT}, float scale"
+        operator = self._define(
+            "embed(Tensor ids, Tensor position_ids, Tensor table, Tensor positions, "
+            f"{options}) -> Tensor",
+            like,
+            forward,
+        )
+        operator_backward = self._define(
+            "embed_backward(Tensor dout, Tensor ids, SymInt words, ScalarType dtype, "
+            f"{options}) -> Tensor",
+            like_table,
+            gradient,
+        )
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            ids, _, table, _, threshold, seed, scale = inputs
+            ctx.save_for_backward(ids, seed)
+            ctx.options = table.shape[0], table.dtype, threshold, scale
+
+        def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+            ids, seed = ctx.saved_tensors
+            words, dtype, threshold, scale = ctx.options
+            dtable = operator_backward(dout, ids, words, dtype, threshold, seed, scale)
+            return (None, None, dtable, *(None,) * 4)
+
+        self._derive("embed", save, backward)
+        return operator
+
+    def _define_add_norm(self) -> Any:
+        launch = self._launch.add_norm
+
+        def like(h: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            """total, normed, moments; of contiguous h and y."""
+            wide = torch.promote_types(h.dtype, y.dtype)
+            total = torch.empty_like(h if h.dtype == wide else y)
+            return total, torch.empty_like(y), h.new_empty((2, len(h)), dtype=torch.float32)
+
+        def forward(h: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            h, y = h.contiguous(), y.contiguous()
+            outs = like(h, y)
+            if h.numel():
+                bias, gamma, beta, *options = rest
+                bias, gamma, beta = bias.contiguous(), gamma.contiguous(), beta.contiguous()
+                total, normed, moments = outs
+                launch.forward(h, y, bias, gamma, beta, total, normed, moments, *options)
+            return outs
+
+        def like_gradients(
+            dtotal: Tensor | None, dnormed: Tensor, total: Tensor, gamma: Tensor, moments: Tensor,
+            h_dtype: torch.dtype, *rest: Any,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            shape = total.shape
+            dvectors = total.new_empty((3, shape[1]), dtype=torch.float32)
+            return total.new_empty(shape, dtype=h_dtype), dnormed.new_empty(shape), dvectors
+
+        def gradients(
+            dtotal: Tensor | None, dnormed: Tensor, total: Tensor, gamma: Tensor, moments: Tensor,
+            h_dtype: torch.dtype, *options: Any,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            written = like_gradients(dtotal, dnormed, total, gamma, moments, h_dtype)
+            if not total.numel():
+                written[2].zero_()
+                return written
+            dh, dy, dvectors = written
+            dtotal = None if dtotal is None else dtotal.contiguous()
+            dnormed, gamma = dnormed.contiguous(), gamma.contiguous()
+            launch.backward(dtotal, dnormed, total, gamma, moments, dh, dy, dvectors, *options)
+            return written
+
+        operator = self._define(
+            f"add_norm(Tensor h, Tensor y, Tensor bias, Tensor gamma, Tensor beta, {_DROPOUT}, "
+            "float eps) -> (Tensor, Tensor, Tensor)",
+            lambda h, y, *rest: like(h.contiguous(), y.contiguous()),
+            forward,
+        )
+        operator_backward = self._define(
+            "add_norm_backward(Tensor? dtotal, Tensor dnormed, Tensor total, Tensor gamma, "
+            f"Tensor moments, ScalarType h_dtype, {_DROPOUT}) -> (Tensor, Tensor, Tensor)",
+            like_gradients,
+            gradients,
+        )
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            h, y, bias, gamma, beta, threshold, seed, _ = inputs
+            total, _, moments = output
+            ctx.save_for_backward(total, gamma, moments, seed)
+            ctx.options = h.dtype, y.dtype, threshold
+            ctx.vectors = bias.dtype, gamma.dtype, beta.dtype
+            ctx.set_materialize_grads(False)  # the last block's residual stream has none
+
+        def backward(
+            ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, _: None
+        ) -> tuple[Any, ...]:
+            total, gamma, moments, seed = ctx.saved_tensors
+            h_dtype, y_dtype, threshold = ctx.options
+            if dnormed is None:
+                if dtotal is None:
+                    return (None,) * 8
+                dnormed = torch.zeros_like(dtotal, dtype=y_dtype)
+            dh, dy, dvectors = operator_backward(
+                dtotal, dnormed, total, gamma, moments, h_dtype, threshold, seed
+            )
+            vectors = (x.to(dtype) for x, dtype in zip(dvectors.unbind(), ctx.vectors, strict=True))
+            return (dh, dy, *vectors, None, None, None)
+
+        self._derive("add_norm", save, backward)
+        return operator
+
+    def _define_bias_act(self) -> Any:
+        launch = self._launch.bias_act
+
+        def forward(u: Tensor, bias: Tensor, *options: Any) -> Tensor:
+            u = u.contiguous()
+            out = torch.empty_like(u)
+            if out.numel():
+                launch.forward(u, bias.contiguous(), out, *options)
+            return out
+
+        def like_gradients(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+            dbias = dout.new_empty(dout.shape[1:], dtype=torch.float32)
+            return dout.new_empty(dout.shape), dbias
+
+        def gradients(
+            dout: Tensor, u: Tensor | None, bias: Tensor | None, out: Tensor | None, *options: Any
+        ) -> tuple[Tensor, Tensor]:
+            du, dbias = like_gradients(dout)
+            if not dout.numel():
+                return du, dbias.zero_()
+            u, bias, out = (x if x is None else x.contiguous() for x in (u, bias, out))
+            launch.backward(dout.contiguous(), u, bias, out, du, dbias, *options)
+            return du, dbias
+
+        options = f"{_DROPOUT}, bool gelu"
+        operator = self._define(
+            f"bias_act(Tensor u, Tensor bias, {options}) -> Tensor",
+            lambda u, *rest: u.new_empty(u.shape),
+            forward,
+        )
+        operator_backward = self._define(
+            f"bias_act_backward(Tensor dout, Tensor? u, Tensor? bias, Tensor? out, {options})"
+            " -> (Tensor, Tensor)",
+            like_gradients,
+            gradients,
+        )
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            u, bias, threshold, seed, gelu = inputs
+            ctx.save_for_backward(*((u, bias, None) if gelu else (None, None, output)), seed)
+            ctx.options = threshold, gelu, bias.dtype
+
+        def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+            *tensors, seed = ctx.saved_tensors
+            threshold, gelu, dtype = ctx.options
+            du, dbias = operator_backward(dout, *tensors, threshold, seed, gelu)
+            return du, dbias.to(dtype), None, None, None
+
+        self._derive("bias_act", save, backward)
+        return operator
+
+    # --- what a model calls -----------------------------------------------------------------------
+
+    def attention(
+        self,
+        qkv: Tensor,
+        spans: Spans,
+        dropout: Dropout = NO_DROPOUT,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        if qkv.dim() != 4 or qkv.shape[1] != 3:
+            raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (T, 3, H, D)")
+        self._check(qkv, spans.starts, spans.lens, dropout.seed)
+        scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+        options = (*spans, dropout.threshold, dropout.seed, causal, scale)
+        out, _ = self._attention(self._stored(qkv), *options)
+        return out.to(qkv.dtype)
+
+    def attention_qkv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spans: Spans,
+        dropout: Dropout = NO_DROPOUT,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+            raise ValueError(f"q, k, v have shapes {shapes}; expected three equal (T, H, D)")
+        self._check(q, k, v, spans.starts, spans.lens, dropout.seed)
+        same = q.dtype == k.dtype == v.dtype
+        stored = (self._stored(x) if same else x.float() for x in (q, k, v))
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        options = (*spans, dropout.threshold, dropout.seed, causal, scale)
+        out, _ = self._attention_qkv(*stored, *options)
+        return out.to(q.dtype)
+
+    def embed(
+        self,
+        ids: Tensor,
+        position_ids: Tensor,
+        table: Tensor,
+        positions: Tensor,
+        dropout: Dropout,
+        scale: float,
+    ) -> Tensor:
+        if ids.dim() != 1 or ids.shape != position_ids.shape:
+            raise ValueError(
+                f"ids and position_ids have shapes {tuple(ids.shape)} and "
+                f"{tuple(position_ids.shape)}; expected two equal (T,)"
+            )
+        if table.dim() != 2 or positions.dim() != 2 or table.shape[1] != positions.shape[1]:
+            raise ValueError(
+                f"table and positions have shapes {tuple(table.shape)} and "
+                f"{tuple(positions.shape)}; expected (V, d) and (longest, d)"
+            )
+        self._check(table, ids, position_ids, positions, dropout.seed)
+        dtype = torch.promote_types(table.dtype, positions.dtype)
+        h = self._embed(
+            ids, position_ids, self._streamed(table), self._streamed(positions),
+            dropout.threshold, dropout.seed, scale,
+        )  # fmt: skip
+        return h.to(dtype)
+
+    def add_norm(
+        self,
+        h: Tensor,
+        y: Tensor,
+        bias: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        dropout: Dropout,
+        eps: float = LAYER_NORM_EPS,
+    ) -> tuple[Tensor, Tensor]:
+        if h.dim() != 2 or h.shape != y.shape:
+            raise ValueError(
+                f"h and y have shapes {tuple(h.shape)} and {tuple(y.shape)}; expected two equal "
+                "(T, d)"
+            )
+        for name, x in (("bias", bias), ("gamma", gamma), ("beta", beta)):
+            _check_vector(name, x, h.shape[1])
+        self._check(h, y, bias, gamma, beta, dropout.seed)
+        stream, branch = self._streamed(h), self._stored(y)
+        vectors = (self._streamed(x) for x in (bias, gamma, beta))
+        total, normed, _ = self._add_norm(
+            stream, branch, *vectors, dropout.threshold, dropout.seed, eps
+        )
+        return total.to(torch.promote_types(h.dtype, y.dtype)), normed.to(y.dtype)
+
+    def bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
+            )
+        if u.dim() != 2:
+            raise ValueError(f"u has shape {tuple(u.shape)}; expected (T, d)")
+        _check_vector("bias", bias, u.shape[1])
+        self._check(u, bias, dropout.seed)
+        out = self._bias_act(
+            self._stored(u), self._streamed(bias), dropout.threshold, dropout.seed,
+            activation == "gelu",
+        )  # fmt: skip
+        return out.to(u.dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    # --- arguments --------------------------------------------------------------------------------
+
+    def _stored(self, x: Tensor) -> Tensor:
+        return x if x.dtype in self._launch.dtypes else x.float()
+
+    def _streamed(self, x: Tensor) -> Tensor:
+        return x if x.dtype in self._launch.stream else x.float()
+
+    def _check(self, first: Tensor, *others: Tensor | None) -> None:
+        """One device for all: kernels see addresses. And no forward-mode derivative."""
+        device = first.device
+        for x in others:
+            if x is not None and x.device != device:
+                raise ValueError(
+                    f"tensors lie on {device} and {x.device}; expected one device for all"
+                )
+        if _in_forward_mode() and any(_has_tangent(x) for x in (first, *others)):
+            # torch would take it for a constant: the derivative would come out as 0.
+            raise NotImplementedError(
+                f"the {self._name} backend has no forward-mode derivatives (torch.func.jvp, "
+                "torch.autograd.forward_ad); use attn_backend='reference'"
+            )
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, or a copy where its last dimension has gaps: launchers take any other strides."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _spans(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    starts, lens, *rest = options
+    return (starts.contiguous(), lens.contiguous(), *rest)
+
+
+def _check_vector(name: str, x: Tensor, columns: int) -> None:
+    if x.shape != (columns,):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({columns},)")
+
+
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    floating = x is not None and x.is_floating_point()
+    return floating and forward_ad.unpack_dual(x).tangent is not None
