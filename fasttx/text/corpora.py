@@ -8,7 +8,7 @@ import os
 import re
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,20 @@ ENVIRONMENT = "FASTTX_DATA"
 HUB_NAME = "stanfordnlp/imdb"
 HUB_SECONDS = 3.0  # an unreachable hub otherwise takes datasets minutes to give up on
 
-
 SPLITS = {
     "train": "train", "training": "train", "test": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
-_SPLIT_FILE = re.compile(
-    rf"({'|'.join(SPLITS)})(?:-(\d+)-of-(\d+))?\.(parquet|csv|tsv|jsonl|json)", re.IGNORECASE
-)
 UNLABELLED = ("unsupervised", "unlabelled", "unlabeled")
-_UNLABELLED_FILE = re.compile(
-    rf"({'|'.join(UNLABELLED)})(?:-\d+-of-\d+)?\.(parquet|csv|tsv|jsonl|json)", re.IGNORECASE
-)
+
+
+def _file_names(splits: Iterable[str]) -> re.Pattern[str]:
+    """Matches train.csv and train-00000-of-00002.csv: split, number and count of the shard."""
+    suffixes = "|".join(map(re.escape, READERS))
+    return re.compile(rf"({'|'.join(splits)})(?:-(\d+)-of-(\d+))?(?:{suffixes})", re.IGNORECASE)
+
+
+_SPLIT_FILE, _UNLABELLED_FILE = _file_names(SPLITS), _file_names(UNLABELLED)
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,8 @@ def _folder_corpus(folder: Path, text_column: str | None, label_column: str | No
         single = [p for p in entries if p.is_file() and p.suffix.lower() in READERS]
         if len(single) != 1:
             raise DataError(
-                f"{folder} holds no dataset; expected train and test as .parquet, .csv, .tsv or "
-                ".jsonl, folders train and test with a folder of .txt files for each label, or "
+                f"{folder} holds no dataset; expected train and test as {', '.join(READERS)}, "
+                "folders train and test with a folder of .txt files for each label, or "
                 "what datasets' save_to_disk writes. It holds "
                 + (some([p.name for p in entries]) if entries else "nothing")
             )
