@@ -38,9 +38,9 @@ UNLABELLED = ("unsupervised", "unlabelled", "unlabeled")
 
 
 def _file_names(splits: Iterable[str]) -> re.Pattern[str]:
-    """Matches train.csv and train-00000-of-00002.csv: split, number and count of the shard."""
+    """Of train.csv and train-00000-of-00002.csv; groups: split, shard, shards, suffix."""
     suffixes = "|".join(map(re.escape, READERS))
-    return re.compile(rf"({'|'.join(splits)})(?:-(\d+)-of-(\d+))?(?:{suffixes})", re.IGNORECASE)
+    return re.compile(rf"({'|'.join(splits)})(?:-(\d+)-of-(\d+))?({suffixes})", re.IGNORECASE)
 
 
 _SPLIT_FILE, _UNLABELLED_FILE = _file_names(SPLITS), _file_names(UNLABELLED)
