@@ -1,0 +1,224 @@
+"""The operations on rows by their definitions, and the inputs they are checked with.
+
+T rows, d columns, V words of the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fasttx.ops.contract import Operations
+from fasttx.ops.dropout import NO_DROPOUT, Dropout
+from fasttx.testing.attention import strided
+from fasttx.testing.philox import multipliers, row_uniforms
+
+
+@dataclass(frozen=True)
+class RowCase:
+    """One operation ("embed", "add_norm", "bias_act", "linear") on inputs of one shape."""
+
+    op: str
+    rows: int
+    columns: int
+    activation: str = "relu"
+    offset: float = 0.0  # of the residual stream, in which LayerNorm must not cancel
+    eps: float = 1e-5
+    scale: float | None = None  # of embeddings; None: the square root of columns
+    mixed: bool = False  # as autocast has it: y and u in the dtype, all else in float32
+    strided: bool = False  # matrices are views with gaps in each dimension
+
+    def __str__(self) -> str:
+        name = self.activation if self.op == "bias_act" else self.op
+        extra = {
+            "offset": self.offset, "eps": self.eps != 1e-5, "scale": self.scale,
+            "mixed": self.mixed, "strided": self.strided,
+        }  # fmt: skip
+        return " ".join((f"{name} {self.rows}x{self.columns}", *(k for k, x in extra.items() if x)))
+
+    @property
+    def condition(self) -> float:
+        return max(1.0, self.offset)
+
+    def live(self) -> Tensor:
+        """(T,) bool: all rows."""
+        return torch.ones(self.rows, dtype=torch.bool)
+
+    def leaves(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """The inputs with a gradient, by name."""
+        g = torch.Generator().manual_seed(self.rows * 1000 + self.columns)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=g, dtype=torch.float64)
+
+        rows, d = self.rows, self.columns
+        if self.op == "embed":
+            found = {"table": randn(6, d)}
+        elif self.op == "bias_act":
+            found = {"u": randn(rows, d), "bias": randn(d)}
+            if self.mixed:  # multiples of 1/8, whose sums no dtype rounds over the kink of ReLU
+                found = {name: x.mul(4).round().div(4) for name, x in found.items()}
+                found["bias"] += 0.125
+        elif self.op == "linear":
+            found = {"x": randn(rows, d), "weight": randn(d // 2 + 1, d), "bias": randn(d // 2 + 1)}
+        else:
+            found = {
+                "h": randn(rows, d) + self.offset, "y": randn(rows, d), "bias": randn(d),
+                "gamma": 1 + 0.3 * randn(d), "beta": randn(d),
+            }  # fmt: skip
+        wide = torch.float32 if self.mixed else dtype
+        return {name: x.to(dtype if name in ("y", "u") else wide) for name, x in found.items()}
+
+    def fixed(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """Inputs of `embed` without one: few ids, so that rows of the table meet again."""
+        if self.op != "embed":
+            return {}
+        g = torch.Generator().manual_seed(1)
+        positions = torch.randn(7, self.columns, generator=g, dtype=torch.float64)
+        return {
+            "ids": torch.randint(0, 5, (self.rows,), generator=g),
+            "position_ids": torch.randint(0, 7, (self.rows,), generator=g).int(),
+            "positions": positions.to(torch.float32 if self.mixed else dtype),
+        }
+
+    def call(
+        self, operations: Operations, inputs: dict[str, Tensor], dropout: Dropout
+    ) -> tuple[Tensor, ...]:
+        """The operation of a backend on the leaves and what is fixed: one output, or two."""
+        if self.op == "embed":
+            scale = math.sqrt(self.columns) if self.scale is None else self.scale
+            return (operations.embed(**inputs, dropout=dropout, scale=scale),)
+        if self.op == "add_norm":
+            return operations.add_norm(**inputs, dropout=dropout, eps=self.eps)
+        if self.op == "bias_act":
+            return (operations.bias_act(**inputs, dropout=dropout, activation=self.activation),)
+        return (operations.linear(**inputs),)
+
+    def run(
+        self,
+        operations: Operations,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        dropout: Dropout = NO_DROPOUT,
+    ) -> dict[str, Tensor]:
+        """Outputs and gradients by a backend, on the CPU.
+
+        Raises AssertionError where an input changes, or a value has another dtype than it should.
+        """
+        leaves = {name: x.to(device) for name, x in self.leaves(dtype).items()}
+        fixed = {name: x.to(device) for name, x in self.fixed(dtype).items()}
+        if self.strided:
+            leaves = {name: strided(x) if x.dim() == 2 else x for name, x in leaves.items()}
+        before = {name: x.clone() for name, x in leaves.items()}
+        leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+        outs = self.call(operations, leaves | fixed, dropout)
+        stream = torch.float32 if self.mixed and self.op in ("embed", "add_norm") else dtype
+        if outs[0].dtype != stream or outs[-1].dtype not in (dtype, stream):
+            raise AssertionError(f"{self}: the output is {outs[0].dtype}; expected {stream}")
+        values = self._with_gradients(outs, leaves, dtype, device)
+        for name, x in leaves.items():
+            if not torch.equal(x, before[name]):
+                raise AssertionError(f"{self}: {name} changed")
+        return {name: x.cpu() for name, x in values.items()}
+
+    def define(
+        self, dtype: torch.dtype, wide: torch.dtype, p: float, seed: int
+    ) -> dict[str, Tensor]:
+        """The same by definition: in float64 if that is `wide`, else in the dtypes given."""
+
+        def widen(x: Tensor) -> Tensor:
+            return x.double() if wide == torch.float64 and x.is_floating_point() else x
+
+        leaves = {name: widen(x).requires_grad_() for name, x in self.leaves(dtype).items()}
+        fixed = {name: widen(x) for name, x in self.fixed(dtype).items()}
+        factors = multipliers(row_uniforms(seed, self.rows, self.columns), p)
+        outs = self._by_definition(leaves | fixed, factors)
+        return self._with_gradients(outs, leaves, dtype, "cpu")
+
+    def _by_definition(self, x: dict[str, Tensor], factors: Tensor) -> tuple[Tensor, ...]:
+        if self.op == "embed":
+            scale = math.sqrt(self.columns) if self.scale is None else self.scale
+            h = x["table"][x["ids"]] * scale + x["positions"][x["position_ids"].long()]
+            return (h * factors.to(h.dtype),)
+        if self.op == "bias_act":
+            u = x["u"] + x["bias"].to(x["u"].dtype)
+            return (_activation(self.activation, u) * factors.to(u.dtype),)
+        if self.op == "linear":
+            return (x["x"] @ x["weight"].T + x["bias"],)
+        y = x["y"] + x["bias"].to(x["y"].dtype)
+        h = x["h"] + y * factors.to(y.dtype)
+        return h, _layer_norm(h, x["gamma"], x["beta"], self.eps)
+
+    def _with_gradients(
+        self,
+        outs: Sequence[Tensor],
+        leaves: dict[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(2)
+        grads = []
+        for out in outs:
+            drawn = torch.randn(out.shape, generator=g, dtype=torch.float64)
+            grads.append(drawn.to(dtype).to(device, out.dtype))
+        gradients = torch.autograd.grad(outs, tuple(leaves.values()), grads)
+        for (name, x), grad in zip(leaves.items(), gradients, strict=True):
+            if x.dtype != grad.dtype:
+                raise AssertionError(f"{self}: d{name} is {grad.dtype}; expected {x.dtype}")
+        values = {name: x.detach() for name, x in zip(("out", "normed"), outs, strict=False)}
+        return values | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def _layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """By its definition in float64; in less, what torch makes of it."""
+    if x.dtype != torch.float64:
+        return F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred**2).mean(-1, keepdim=True)
+    return centred / (variance + eps).sqrt() * gamma + beta
+
+
+def _activation(name: str, x: Tensor) -> Tensor:
+    if name == "relu":
+        return torch.where(x > 0, x, 0.0)
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+SHAPES = ((33, 256), (1, 8), (7, 20), (130, 10), (257, 32), (0, 16))
+EMBED = (
+    *(RowCase("embed", *shape) for shape in SHAPES),
+    RowCase("embed", 33, 20, scale=0.5),
+    RowCase("embed", 33, 256, mixed=True),
+)
+ADD_NORM = (
+    *(RowCase("add_norm", *shape) for shape in SHAPES),
+    RowCase("add_norm", 9, 64, offset=300.0),
+    RowCase("add_norm", 9, 24, eps=0.5),
+    RowCase("add_norm", 33, 64, mixed=True),
+)
+BIAS_ACT = tuple(
+    case
+    for activation in ("relu", "gelu")
+    for case in (
+        *(RowCase("bias_act", *shape, activation) for shape in (*SHAPES, (5, 13))),
+        RowCase("bias_act", 33, 64, activation, mixed=True),
+    )
+)
+LINEAR = tuple(RowCase("linear", *shape) for shape in SHAPES)
+CASES = {"embed": EMBED, "add_norm": ADD_NORM, "bias_act": BIAS_ACT, "linear": LINEAR}
+
+
+def cases() -> list[RowCase]:
+    """A quick check: columns that are multiples of 8 and not, one dtype and autocast's mix."""
+    operations = (("embed", ""), ("add_norm", ""), ("bias_act", "relu"), ("bias_act", "gelu"))
+    found = [
+        RowCase(op, 50, columns, activation, mixed=mixed)
+        for columns, mixed in ((256, False), (20, True), (256, True))
+        for op, activation in operations
+    ]
+    return [*found, RowCase("linear", 50, 256)]
