@@ -1,6 +1,7 @@
 """fasttx: fast Transformer text classifiers on interchangeable attention backends."""
 
 from fasttx.config import ModelConfig, TrainConfig
+from fasttx.errors import FasttxError
 from fasttx.load import load
 from fasttx.models.classifier import TransformerClassifier
 from fasttx.ops import scaled_dot_product_attention
@@ -9,6 +10,7 @@ from fasttx.text.tokenizer import Tokenizer
 from fasttx.version import __version__
 
 __all__ = [
+    "FasttxError",
     "ModelConfig",
     "PackedBatch",
     "Tokenizer",

@@ -44,8 +44,8 @@ class EncoderBlock(nn.Module):
         self.head_dim = d // config.num_heads
         self.activation = config.activation
         self.dropout = config.dropout
-        shared = config.attention_dropout is None
-        self.attention_dropout = config.dropout if shared else config.attention_dropout
+        own = config.attention_dropout
+        self.attention_dropout = config.dropout if own is None else own
         self.norm1 = nn.LayerNorm(d)
         self.qkv = nn.Linear(d, 3 * d)
         self.out = nn.Linear(d, d)
@@ -77,8 +77,12 @@ class EncoderBlock(nn.Module):
 
     def dropouts(self, seeds: Sequence[Tensor]) -> tuple[Dropout, ...]:
         """The block's dropout sites, from their seeds."""
-        p = (self.attention_dropout, self.dropout, self.dropout, self.dropout)
-        return tuple(map(Dropout.of, p, seeds))
+        at_attention, *others = seeds
+        p = self.dropout
+        return (
+            Dropout.of(self.attention_dropout, at_attention),
+            *(Dropout.of(p, seed) for seed in others),
+        )
 
 
 class Encoded(NamedTuple):

@@ -1,8 +1,10 @@
 // The kernels of one instruction set; compiled once for each, with that set's flags.
 // It includes no part of the C++ library that has code: the linker keeps one copy of such a
 // function, and it might be the one for a set that this machine lacks.
+#include "add_norm.h"
 #include "attention.h"
-#include "rows.h"
+#include "bias_act.h"
+#include "embed.h"
 
 #define NAMED_(prefix, isa) prefix##isa
 #define NAMED(prefix, isa) NAMED_(prefix, isa)

@@ -147,7 +147,7 @@ std::vector<Item> items_of(const Spans& a, int64_t batch, int64_t share) {
 
 // ---- the interface -------------------------------------------------------------------------------
 
-// Changes with the arguments below, and with kernels/cpu/__init__.py, which asks for it: a library
+// Changes with the arguments below, and with kernels/cpu/library.py, which asks for it: a library
 // that was built before the Python beside it would read other arguments than it is given.
 API int64_t fasttx_interface() { return 2; }
 
