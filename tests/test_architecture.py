@@ -1,4 +1,4 @@
-"""Who imports whom, held against the drawing in docs/architecture.md; and what `import fasttx` costs."""
+"""Who imports whom, as docs/architecture.md draws it; and what `import fasttx` costs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fasttx"
 
 GROUND = {"config", "device", "errors", "files", "version"}
+CONTRACT = {"ops.contract", "ops.dropout"}
 
 # Extras: fasttx imports and classifies without any of them.
 OPTIONAL = (
@@ -29,7 +30,7 @@ OPTIONAL = (
 
 
 def module_name(path: Path) -> str:
-    """`ops.sdpa` of fasttx/ops/sdpa.py, `ops` of fasttx/ops/__init__.py; "" of fasttx/__init__.py."""
+    """`ops.sdpa` of fasttx/ops/sdpa.py; `ops` and "" of their __init__.py."""
     if path.is_relative_to(ROOT / "kernels"):
         parts = path.relative_to(ROOT).with_suffix("").parts
     else:
@@ -79,6 +80,8 @@ def module_arrows() -> dict[str, set[str]]:
 
 def room_of(module: str) -> str:
     first = module.partition(".")[0]
+    if module in CONTRACT:
+        return "contract"
     if first in GROUND:
         return "ground"
     return "fasttx" if first in ("", "__main__") else first
