@@ -1,23 +1,23 @@
 // h' = h + dropout(y + bias), n = LayerNorm(h') gamma + beta: a simdgroup holds a row in registers.
-// Specialised: element_type (of h, h', n), branch_type (of y), bias_type, norm_type (of gamma and
-// beta), COLUMNS. Needs philox.metal and rows.metal.
+// Specialised: h_type, y_type (of y and n), total_type (of h'), vector_type, COLUMNS. Needs
+// philox.metal and rows.metal.
 
 #define CHUNKS ((COLUMNS + 255) / 256)  // of 256 columns, eight neighbours a lane
 #define SIMDGROUPS 4                    // in a threadgroup
 
-enum AddNormSize { ROWS, THRESHOLD, H_ROW, Y_ROW };
+enum AddNormSize { THRESHOLD, ROWS, HAS_DTOTAL };
 
 inline int column_of(int chunk, uint lane) { return chunk * 256 + int(lane) * 8; }
 
-kernel void add_norm(
-    const device element_type* h [[buffer(0)]],
-    const device branch_type* y [[buffer(1)]],
-    const device bias_type* bias [[buffer(2)]],
-    const device norm_type* gamma [[buffer(3)]],
-    const device norm_type* beta [[buffer(4)]],
-    device element_type* out [[buffer(5)]],
-    device element_type* normed [[buffer(6)]],
-    device float* moments [[buffer(7)]],  // (T, 2): mean and 1 / deviation
+kernel void add_norm_forward(
+    const device h_type* h [[buffer(0)]],
+    const device y_type* y [[buffer(1)]],
+    const device vector_type* bias [[buffer(2)]],
+    const device vector_type* gamma [[buffer(3)]],
+    const device vector_type* beta [[buffer(4)]],
+    device total_type* total [[buffer(5)]],
+    device y_type* normed [[buffer(6)]],
+    device float* moments [[buffer(7)]],  // (2, T): means and 1 / deviations
     const device uint* seed [[buffer(8)]],
     constant long* size [[buffer(9)]],
     constant float* factor [[buffer(10)]], // 1 / keep probability, epsilon
@@ -26,10 +26,11 @@ kernel void add_norm(
     uint lane [[thread_index_in_simdgroup]]) {
   const int row = int(group.x * SIMDGROUPS + simdgroup_index);
   if (row >= size[ROWS]) return;
-  h += row * size[H_ROW];
-  y += row * size[Y_ROW];
-  out += long(row) * COLUMNS;
-  normed += long(row) * COLUMNS;
+  const long begin = long(row) * COLUMNS;
+  h += begin;
+  y += begin;
+  total += begin;
+  normed += begin;
 
   float x[CHUNKS * 8];
   float sum = 0.0f;
@@ -42,8 +43,8 @@ kernel void add_norm(
       if (column < COLUMNS) {
         const float added = float(y[column]) + float(bias[column]);
         value = float(h[column]) + dropped(added, block, i, uint(size[THRESHOLD]), factor[0]);
-        const element_type rounded = element_type(value);
-        out[column] = rounded;
+        const total_type rounded = total_type(value);
+        total[column] = rounded;
         value = float(rounded);
       }
       x[chunk * 8 + i] = value;
@@ -64,12 +65,12 @@ kernel void add_norm(
       const int column = column_of(chunk, lane) + i;
       if (column >= COLUMNS) break;
       const float centred = (x[chunk * 8 + i] - mean) * inverse;
-      normed[column] = element_type(centred * float(gamma[column]) + float(beta[column]));
+      normed[column] = y_type(centred * float(gamma[column]) + float(beta[column]));
     }
   }
   if (lane == 0) {
-    moments[row * 2] = mean;
-    moments[row * 2 + 1] = inverse;
+    moments[row] = mean;
+    moments[size[ROWS] + row] = inverse;
   }
 }
 
@@ -78,13 +79,13 @@ kernel void add_norm(
 // A simdgroup walks over 16 rows, and writes their sums for dbias, dgamma and dbeta: the host adds
 // those up, so the order of every sum is fixed.
 kernel void add_norm_backward(
-    const device element_type* dout [[buffer(0)]],
-    const device element_type* dnormed [[buffer(1)]],
-    const device element_type* out [[buffer(2)]],
-    const device float* moments [[buffer(3)]],
-    const device norm_type* gamma [[buffer(4)]],
-    device element_type* dh [[buffer(5)]],
-    device branch_type* dy [[buffer(6)]],
+    const device total_type* dtotal [[buffer(0)]], // read where size[HAS_DTOTAL], else 0
+    const device y_type* dnormed [[buffer(1)]],
+    const device total_type* total [[buffer(2)]],
+    const device vector_type* gamma [[buffer(3)]],
+    const device float* moments [[buffer(4)]],
+    device h_type* dh [[buffer(5)]],
+    device y_type* dy [[buffer(6)]],
     device float* sums [[buffer(7)]],  // (ceil(T / 16), 3, COLUMNS)
     const device uint* seed [[buffer(8)]],
     constant long* size [[buffer(9)]],
@@ -100,13 +101,13 @@ kernel void add_norm_backward(
   UNROLL for (int j = 0; j < CHUNKS * 8; j++) dbias[j] = dgamma[j] = dbeta[j] = 0.0f;
   for (int row = begin; row < end; row++) {
     const long at = long(row) * COLUMNS;
-    const float mean = moments[row * 2], inverse = moments[row * 2 + 1];
+    const float mean = moments[row], inverse = moments[rows + row];
     float sum_g = 0.0f, sum_gc = 0.0f;
     UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
       UNROLL for (int i = 0; i < 8; i++) {
         const int column = column_of(chunk, lane) + i, j = chunk * 8 + i;
         if (column >= COLUMNS) break;
-        const float c = (float(out[at + column]) - mean) * inverse;
+        const float c = (float(total[at + column]) - mean) * inverse;
         const float dn = float(dnormed[at + column]), g = dn * float(gamma[column]);
         sum_g += g;
         sum_gc += g * c;
@@ -121,12 +122,13 @@ kernel void add_norm_backward(
       UNROLL for (int i = 0; i < 8; i++) {
         const int column = column_of(chunk, lane) + i, j = chunk * 8 + i;
         if (column >= COLUMNS) break;
-        const float c = (float(out[at + column]) - mean) * inverse;
+        const float c = (float(total[at + column]) - mean) * inverse;
         const float g = float(dnormed[at + column]) * float(gamma[column]);
-        const float dx = float(dout[at + column]) + (g - mean_g - c * mean_gc) * inverse;
+        const float added = size[HAS_DTOTAL] ? float(dtotal[at + column]) : 0.0f;
+        const float dx = added + (g - mean_g - c * mean_gc) * inverse;
         const float dbranch = dropped(dx, block, i, uint(size[THRESHOLD]), factor[0]);
-        dh[at + column] = element_type(dx);
-        dy[at + column] = branch_type(dbranch);
+        dh[at + column] = h_type(dx);
+        dy[at + column] = y_type(dbranch);
         dbias[j] += dbranch;
       }
     }

@@ -1,6 +1,6 @@
 // The derivatives of attention, from its output and log-sum-exp (Dao et al., 2022).
 //
-//   weight = exp2(score - lse), m = 0 or 1 / keep probability: the dropout mask, drawn again
+//   weight = exp(score - lse), m = 0 or 1 / keep probability: the dropout mask, drawn again
 //   delta  = sum of out * dout over a row;  dscore = weight * (m * (dout v^T) - delta)
 //   dq = scale dscore k,  dk = scale dscore^T q,  dv = (weight m)^T dout
 //
@@ -21,7 +21,7 @@ kernel void attention_dq(
     const device int* lens [[buffer(9)]],
     const device uint* seed [[buffer(10)]],
     constant long* size [[buffer(11)]],
-    constant float* factor [[buffer(12)]], // scale log2(e), 1 / keep probability, scale
+    constant float* factor [[buffer(12)]], // 1 / keep probability, scale log2(e), scale
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -54,7 +54,7 @@ kernel void attention_dq(
   }
   product = row_sum(product);
   const bool live = query < n;
-  const float row_lse = live ? lse[query] : 0.0f;
+  const float row_lse = live ? lse[query] * LOG2_E : 0.0f;
   if (col == 0 && live) delta[query] = product;
 
   const int end = CAUSAL ? min(n, q0 + 8) : n;
@@ -78,8 +78,8 @@ kernel void attention_dq(
         const bool seen = live && at_key < n && (!CAUSAL || at_key <= query);
         float dweight = dweights.thread_elements()[e];
         if (DROPOUT)
-          dweight = half_of(words[j], e) >= uint(size[THRESHOLD]) ? dweight * factor[1] : 0.0f;
-        const float weight = fast::exp2(scores.thread_elements()[e] * factor[0] - row_lse);
+          dweight = half_of(words[j], e) >= uint(size[THRESHOLD]) ? dweight * factor[0] : 0.0f;
+        const float weight = fast::exp2(scores.thread_elements()[e] * factor[1] - row_lse);
         scores.thread_elements()[e] = seen ? weight * (dweight - product) : 0.0f;
       }
       UNROLL for (int d = 0; d < DIMS; d++) {
@@ -156,11 +156,11 @@ kernel void attention_dkdv(
         float mask = 1.0f;
         if (DROPOUT) {
           const uint bits = bits_of_query(blocks, ushort(j * 8 + col + e), row);
-          mask = bits >= uint(size[THRESHOLD]) ? factor[1] : 0.0f;
+          mask = bits >= uint(size[THRESHOLD]) ? factor[0] : 0.0f;
         }
         float weight = 0.0f, dscore = 0.0f;
         if (key < n && query < n && (!CAUSAL || key <= query)) {
-          weight = fast::exp2(scores.thread_elements()[e] * factor[0] - lse[query]);
+          weight = fast::exp2(scores.thread_elements()[e] * factor[1] - lse[query] * LOG2_E);
           dscore = weight * (dweights.thread_elements()[e] * mask - delta[query]);
         }
         scores.thread_elements()[e] = weight * mask;

@@ -11,12 +11,12 @@ kernel void attention_forward(
     const device element_type* k [[buffer(1)]],
     const device element_type* v [[buffer(2)]],
     device element_type* out [[buffer(3)]],
-    device float* lse [[buffer(4)]],       // (H, T), base 2, of the scaled scores
+    device float* lse [[buffer(4)]],       // (H, T), natural, of the scaled scores
     const device int* starts [[buffer(5)]],
     const device int* lens [[buffer(6)]],
     const device uint* seed [[buffer(7)]], // one int64; not read without dropout
     constant long* size [[buffer(8)]],
-    constant float* factor [[buffer(9)]],  // scale log2(e), 1 / keep probability
+    constant float* factor [[buffer(9)]],  // 1 / keep probability, scale log2(e)
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -56,7 +56,7 @@ kernel void attention_forward(
       UNROLL for (int e = 0; e < 2; e++) {
         const int at_key = key + col + e;
         const bool seen = at_key < n && (!CAUSAL || at_key <= query);
-        const float score = seen ? scores[j].thread_elements()[e] * factor[0] : LOWEST;
+        const float score = seen ? scores[j].thread_elements()[e] * factor[1] : LOWEST;
         scores[j].thread_elements()[e] = score;
         largest = max(largest, score);
       }
@@ -75,7 +75,7 @@ kernel void attention_forward(
         float weight = fast::exp2(scores[j].thread_elements()[e] - maximum);
         added += weight;
         if (DROPOUT)
-          weight = half_of(words[j], e) >= uint(size[THRESHOLD]) ? weight * factor[1] : 0.0f;
+          weight = half_of(words[j], e) >= uint(size[THRESHOLD]) ? weight * factor[0] : 0.0f;
         scores[j].thread_elements()[e] = weight;
       }
     }
@@ -92,5 +92,5 @@ kernel void attention_forward(
   }
   UNROLL for (int d = 0; d < DIMS; d++)
     store_tile(out, int(size[OUT_ROW]), q0, n, d * 8, sum_v[d], 1.0f / total, lane);
-  if (col == 0 && query < n) lse[query] = maximum + log2(total);
+  if (col == 0 && query < n) lse[query] = (maximum + log2(total)) / LOG2_E;
 }

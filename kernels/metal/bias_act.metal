@@ -1,7 +1,7 @@
 // out = dropout(act(u + bias)): a thread makes eight columns of a row, act is ReLU or GELU (erf).
 // Specialised: element_type (of u and out), bias_type, GELU 0 or 1. Needs philox.metal, rows.metal.
 
-enum BiasActSize { ROWS, COLUMNS, THRESHOLD, U_ROW };
+enum BiasActSize { THRESHOLD, ROWS, COLUMNS };
 
 // The share of a normal distribution below x. Metal has no erf: this is erfc(z) = t P(t) exp(-z^2),
 // t = 1 / (1 + z / 2), z = |x| / sqrt(2), P of degree 8 fitted at Chebyshev's points; within 4e-7.
@@ -22,12 +22,11 @@ inline float normal_share(float x) {
 
 inline float act(float x) { return GELU ? x * normal_share(x) : max(x, 0.0f); }
 
-inline float act_slope(float x) {
-  if (GELU) return normal_share(x) + x * 0.398942280f * exp(-0.5f * x * x);
-  return x > 0.0f ? 1.0f : 0.0f;
+inline float gelu_slope(float x) {
+  return normal_share(x) + x * 0.398942280f * exp(-0.5f * x * x);
 }
 
-kernel void bias_act(
+kernel void bias_act_forward(
     const device element_type* u [[buffer(0)]],
     const device bias_type* bias [[buffer(1)]],
     device element_type* out [[buffer(2)]],
@@ -39,7 +38,7 @@ kernel void bias_act(
   const int columns = int(size[COLUMNS]);
   if (column >= columns || row >= size[ROWS]) return;
   const uint4 block = row_block(seed, column / 8, row);
-  u += row * size[U_ROW] + column;
+  u += row * size[COLUMNS] + column;
   bias += column;
   out += row * size[COLUMNS] + column;
   const int end = min(8, columns - column);
@@ -50,11 +49,12 @@ kernel void bias_act(
   }
 }
 
-// A thread walks over 16 rows of its eight columns, and writes their sums for dbias.
+// A thread walks over 16 rows of its eight columns, and writes their sums for dbias. Where ReLU and
+// dropout let something through, `out` is above 0.
 kernel void bias_act_backward(
     const device element_type* dout [[buffer(0)]],
-    const device element_type* u [[buffer(1)]],
-    const device bias_type* bias [[buffer(2)]],
+    const device element_type* seen [[buffer(1)]], // u of GELU, out of ReLU
+    const device bias_type* bias [[buffer(2)]],    // not read by ReLU
     device element_type* du [[buffer(3)]],
     device float* sums [[buffer(4)]],  // (ceil(T / 16), columns)
     const device uint* seed [[buffer(5)]],
@@ -68,14 +68,17 @@ kernel void bias_act_backward(
   const int end = min(8, columns - column);
   float sum[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
   for (int row = begin; row < last; row++) {
-    const uint4 block = row_block(seed, column / 8, row);
-    const long from = row * size[U_ROW] + column, to = row * size[COLUMNS] + column;
+    const uint4 block = GELU ? row_block(seed, column / 8, row) : uint4(0u, 0u, 0u, 0u);
+    const long at = row * size[COLUMNS] + column;
     UNROLL for (int i = 0; i < 8; i++) {
       if (i >= end) break;
-      const float grad = float(dout[to + i]);
-      const float slope = act_slope(float(u[from + i]) + float(bias[column + i]));
-      const float g = dropped(grad, block, i, uint(size[THRESHOLD]), factor[0]) * slope;
-      du[to + i] = element_type(g);
+      float g = float(dout[at + i]);
+      if (GELU)
+        g = dropped(g, block, i, uint(size[THRESHOLD]), factor[0]) *
+            gelu_slope(float(seen[at + i]) + float(bias[column + i]));
+      else
+        g = float(seen[at + i]) > 0.0f ? g * factor[0] : 0.0f;
+      du[at + i] = element_type(g);
       sum[i] += g;
     }
   }

@@ -1,13 +1,14 @@
-"""From the .metal files to functions that launch kernels, compiled once a specialisation."""
+"""From the .metal files to launched kernels, compiled once a specialisation."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 GROUP = 128  # threads of a threadgroup: four simdgroups
@@ -29,27 +30,29 @@ def compiler(device_type: str) -> Callable[[str], Any]:
     return torch.mps.compile_shader
 
 
-def source(*files: str, **defined: str | int) -> str:
-    """The text to compile: its specialisation (types by name, then numbers), and the files."""
+def source(*files: str, **defined: torch.dtype | int) -> str:
+    """The text to compile: its specialisation (types by name, and numbers), and the files."""
     head = [
         "#include <metal_stdlib>",
         "#include <metal_simdgroup_matrix>",
         "using namespace metal;",
     ]
     for name, value in defined.items():
-        kind = f"typedef {value} {name};" if isinstance(value, str) else f"#define {name} {value}"
-        head.append(kind)
+        number = isinstance(value, int)
+        head.append(f"#define {name} {value}" if number else f"typedef {ELEMENTS[value]} {name};")
     texts = ((HERE / f"{file}.metal").read_text(encoding="ascii") for file in files)
     return "\n".join([*head, *texts])
 
 
 @functools.cache
-def library(device_type: str, *files: str, **defined: str | int) -> Any:
+def library(device_type: str, *files: str, **defined: torch.dtype | int) -> Any:
     return compiler(device_type)(source(*files, **defined))
 
 
 @functools.cache
-def kernel(device_type: str, name: str, *files: str, **defined: str | int) -> Callable[..., None]:
+def kernel(
+    device_type: str, name: str, *files: str, **defined: torch.dtype | int
+) -> Callable[..., None]:
     """The function that launches a kernel; kept, since each look-up in a library makes a new one.
 
     Raises SyntaxError with Metal's words where the source does not compile.
@@ -57,6 +60,28 @@ def kernel(device_type: str, name: str, *files: str, **defined: str | int) -> Ca
     return getattr(library(device_type, *files, **defined), name)
 
 
-def whole_groups(threads: int) -> int:
-    """The threads to launch so that there are only whole threadgroups."""
-    return -(-threads // GROUP) * GROUP
+def launch(
+    name: str,
+    files: Sequence[str],
+    tensors: Sequence[Tensor],
+    threshold: int,
+    seed: Tensor | None,
+    size: Sequence[int],
+    factor: Sequence[float],
+    grid: dict[str, tuple[int, ...]],
+    **defined: torch.dtype | int,
+) -> None:
+    """Launches `name` of `files` on a grid.
+
+    Every kernel takes its tensors, the seed, whole numbers `size`, the dropout threshold first, and
+    `factor`, of which the first is what a kept element is multiplied by.
+    """
+    keep_scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    first = tensors[0]
+    kernel(first.device.type, name, *files, DROPOUT=int(threshold > 0), **defined)(
+        *tensors,
+        first if seed is None else seed,  # not read without dropout, but something must be bound
+        [threshold, *size],
+        [keep_scale, *factor],
+        **grid,
+    )

@@ -9,9 +9,11 @@
 #define SPAN 32                   // keys (or queries) of a step: four tiles, a Philox block a lane
 #define DIMS ((HEAD_DIM + 7) / 8) // tiles across a head
 
+#define LOG2_E 1.44269504f
+
 // What the host passes as `size`. Strides are in elements; those of one head are neighbours.
 enum AttentionSize {
-  ROWS, MAX_SEQLEN, THRESHOLD, Q_ROW, Q_HEAD, K_ROW, K_HEAD, V_ROW, V_HEAD, OUT_ROW, OUT_HEAD,
+  THRESHOLD, ROWS, MAX_SEQLEN, Q_ROW, Q_HEAD, K_ROW, K_HEAD, V_ROW, V_HEAD, OUT_ROW, OUT_HEAD,
   DOUT_ROW, DOUT_HEAD, DQ_ROW, DQ_HEAD, DK_ROW, DK_HEAD, DV_ROW, DV_HEAD // of the backward pass
 };
 

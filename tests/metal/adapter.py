@@ -1,15 +1,24 @@
-"""The Metal kernels as an attention backend of the CPU, by emulation: for the equivalence tests."""
+"""The Metal kernels as a backend of the CPU, by emulation: for the equivalence tests."""
 
 from __future__ import annotations
 
 import torch
 from fasttx.kernels.metal import shaders
 
-from fasttx.ops.mps.metal import attention, attention_qkv, rowops  # noqa: F401
+from fasttx.ops.contract import Adapter
+from fasttx.ops.mps import metal
 from tests.metal import emulator
 
 shaders.COMPILERS["cpu"] = emulator.compile_shader
 
 
-def unavailable_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    return [emulator.MISSING] if emulator.MISSING else []
+class Emulated(Adapter):
+    operations = metal.operations
+
+    def unavailable_reasons(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int
+    ) -> list[str]:
+        return [emulator.MISSING] if emulator.MISSING else []
+
+
+adapter: Adapter = Emulated()
