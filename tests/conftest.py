@@ -1,4 +1,4 @@
-"""What every test runs under: fixed seeds, two threads, no network; and fixtures on request."""
+"""What every test runs under: fixed seeds, few threads, no network; and fixtures on request."""
 
 from __future__ import annotations
 
@@ -17,8 +17,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+# These need a process that interprets Triton's kernels: ops/test_triton.py starts one.
+collect_ignore = []
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore.append("kernels/test_triton_interpreted.py")
+
 # Beside other workers a second thread mostly waits for its time slice.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+
+def pytest_report_header() -> list[str]:
+    """Which backends are tested here, and why the others are not."""
+    from tests.backends import MISSING, TARGETS
+
+    here = ", ".join(str(target) for target in TARGETS)
+    return [f"backends: {here}", *(f"  not {name}: {why}" for name, why in MISSING.items())]
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +72,11 @@ def _no_network() -> Iterator[None]:
 
 @pytest.fixture
 def unlisted_backends(monkeypatch) -> None:
-    """Backends of the equivalence tests that are in no table can be asked for by name too."""
+    """Backends that are tested and in no table can be asked for by name too."""
     from fasttx.ops import registry
-    from tests.equivalence import UNLISTED
+    from tests.backends import EVERY
 
-    table = {**registry.BACKENDS, **{backend.name: backend for backend in UNLISTED}}
-    monkeypatch.setattr(registry, "BACKENDS", table)
+    monkeypatch.setattr(registry, "BACKENDS", EVERY)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ class RowCase:
     eps: float = 1e-5
     scale: float | None = None  # of embeddings; None: the square root of columns
     mixed: bool = False  # as autocast has it: y and u in the dtype, all else in float32
-    strided: bool = False  # matrices are views with gaps in each dimension
+    strided: bool = False  # matrices are views with gaps, and gradients have strides of 0
 
     def __str__(self) -> str:
         name = self.activation if self.op == "bias_act" else self.op
@@ -45,9 +45,9 @@ class RowCase:
     def condition(self) -> float:
         return max(1.0, self.offset)
 
-    def live(self) -> Tensor:
-        """(T,) bool: all rows."""
-        return torch.ones(self.rows, dtype=torch.bool)
+    def _stream(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of all but y and u."""
+        return torch.promote_types(dtype, torch.float32) if self.mixed else dtype
 
     def leaves(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """The inputs with a gradient, by name."""
@@ -71,7 +71,7 @@ class RowCase:
                 "h": randn(rows, d) + self.offset, "y": randn(rows, d), "bias": randn(d),
                 "gamma": 1 + 0.3 * randn(d), "beta": randn(d),
             }  # fmt: skip
-        wide = torch.float32 if self.mixed else dtype
+        wide = self._stream(dtype)
         return {name: x.to(dtype if name in ("y", "u") else wide) for name, x in found.items()}
 
     def fixed(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class RowCase:
         return {
             "ids": torch.randint(0, 5, (self.rows,), generator=g),
             "position_ids": torch.randint(0, 7, (self.rows,), generator=g).int(),
-            "positions": positions.to(torch.float32 if self.mixed else dtype),
+            "positions": positions.to(self._stream(dtype)),
         }
 
     def call(
@@ -117,7 +117,7 @@ class RowCase:
         before = {name: x.clone() for name, x in leaves.items()}
         leaves = {name: x.requires_grad_() for name, x in leaves.items()}
         outs = self.call(operations, leaves | fixed, dropout)
-        stream = torch.float32 if self.mixed and self.op in ("embed", "add_norm") else dtype
+        stream = self._stream(dtype) if self.op in ("embed", "add_norm") else dtype
         if outs[0].dtype != stream or outs[-1].dtype not in (dtype, stream):
             raise AssertionError(f"{self}: the output is {outs[0].dtype}; expected {stream}")
         values = self._with_gradients(outs, leaves, dtype, device)
@@ -165,7 +165,8 @@ class RowCase:
         grads = []
         for out in outs:
             drawn = torch.randn(out.shape, generator=g, dtype=torch.float64)
-            grads.append(drawn.to(dtype).to(device, out.dtype))
+            drawn = drawn.to(dtype).to(device, out.dtype)
+            grads.append(drawn.new_ones(()).expand(out.shape) if self.strided else drawn)
         gradients = torch.autograd.grad(outs, tuple(leaves.values()), grads)
         for (name, x), grad in zip(leaves.items(), gradients, strict=True):
             if x.dtype != grad.dtype:
@@ -190,27 +191,31 @@ def _activation(name: str, x: Tensor) -> Tensor:
 
 
 SHAPES = ((33, 256), (1, 8), (7, 20), (130, 10), (257, 32), (0, 16))
-EMBED = (
-    *(RowCase("embed", *shape) for shape in SHAPES),
-    RowCase("embed", 33, 20, scale=0.5),
-    RowCase("embed", 33, 256, mixed=True),
-)
+
+
+def _of(op: str, activation: str = "relu") -> tuple[RowCase, ...]:
+    """Each shape, views with gaps, and autocast's mix, which linear layers are not given."""
+    return (
+        *(RowCase(op, *shape, activation) for shape in SHAPES),
+        RowCase(op, 33, 256, activation, strided=True),
+        *([] if op == "linear" else [RowCase(op, 33, 64, activation, mixed=True)]),
+    )
+
+
+EMBED = (*_of("embed"), RowCase("embed", 33, 20, scale=0.5))
 ADD_NORM = (
-    *(RowCase("add_norm", *shape) for shape in SHAPES),
+    *_of("add_norm"),
     RowCase("add_norm", 9, 64, offset=300.0),
     RowCase("add_norm", 9, 24, eps=0.5),
-    RowCase("add_norm", 33, 64, mixed=True),
 )
-BIAS_ACT = tuple(
-    case
-    for activation in ("relu", "gelu")
-    for case in (
-        *(RowCase("bias_act", *shape, activation) for shape in (*SHAPES, (5, 13))),
-        RowCase("bias_act", 33, 64, activation, mixed=True),
-    )
+BIAS_ACT = (
+    *_of("bias_act"),
+    *_of("bias_act", "gelu"),
+    RowCase("bias_act", 5, 13),
+    RowCase("bias_act", 5, 13, "gelu"),
 )
-LINEAR = tuple(RowCase("linear", *shape) for shape in SHAPES)
-CASES = {"embed": EMBED, "add_norm": ADD_NORM, "bias_act": BIAS_ACT, "linear": LINEAR}
+LINEAR = _of("linear")
+OPERATIONS = ("embed", "add_norm", "bias_act", "linear")
 
 
 def cases() -> list[RowCase]:
