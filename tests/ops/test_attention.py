@@ -6,8 +6,6 @@ T rows, B sequences, H heads, D head_dim.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from fasttx import testing
 from fasttx.ops.contract import Operations, Spans
-from fasttx.ops.dropout import NO_DROPOUT, Dropout
+from fasttx.ops.dropout import Dropout
 from fasttx.testing import AttentionCase, dropout_of, measure
 from fasttx.testing.attention import BY_NAME, CASES, EMPTY_CASES, attend
 from tests import backends
@@ -268,116 +266,3 @@ def test_same_seed_same_bits(target):
 def test_a_probability_that_rounds_to_zero_is_no_dropout(target):
     values = ODD.run(target.operations, target.device, torch.float32, Dropout.of(2**-18, None))
     assert not measure(ODD, torch.float32).compare(str(target), values).failures
-
-
-# ------------------------------------------------------------------------------ torch's dropout
-# Where v is the identity the output is the dropped weights, and so shows the mask.
-
-IDENTITY = AttentionCase("identity", (33, 64, 0, 17), starts=(70, 3, 0, 110), rows=130, head_dim=64)
-P = 0.3
-
-
-def check_torch_dropout(operations: Operations, packed: bool, device: str, causal: bool) -> None:
-    case = replace(IDENTITY, causal=causal)
-    qkv, grad = case.inputs(torch.float32)
-    for s, n in case.pairs:
-        qkv[s : s + n, 2] = torch.eye(n, 64)[:, None]
-    dropout, spans = Dropout(Dropout.of(P, torch.tensor(0)).threshold, None, P), case.spans(device)
-    out, dqkv = backends.run(
-        lambda x: call(operations, x, packed, spans, dropout, causal=causal),
-        grad.to(device), qkv.to(device),
-    )  # fmt: skip
-    exact = attend(*qkv.double().unbind(1), case)
-    factors, kept, total = [], 0.0, 0
-    for s, n in case.pairs:
-        weights, dropped = (x[s : s + n].double().transpose(0, 1) for x in (exact, out))
-        assert (dropped[..., n:] == 0).all()
-        visible = weights[..., :n] > 0
-        factor = torch.where(visible, dropped[..., :n] / weights[..., :n], 0.0)
-        keep = factor > 0.5 / (1 - P)
-        # 2e-5 is how far the quantised keep probability may be from 1 - P
-        torch.testing.assert_close(factor, keep.double() / (1 - P), rtol=1e-4, atol=1e-6)
-        factors.append(keep.double() / (1 - P))
-        kept, total = kept + keep.sum().item(), total + visible.sum().item()
-    assert abs(kept / total - (1 - P)) < 5 * math.sqrt(P * (1 - P) / total)
-    # The gradients are those of the very mask that the output showed.
-    _, dqkv_of_mask = backends.run(
-        lambda x: attend(*x.unbind(1), case, factors), grad.double(), qkv.double()
-    )
-    torch.testing.assert_close(dqkv.double(), dqkv_of_mask, rtol=1e-4, atol=1e-4)
-
-
-@over_causal
-@over_entries
-@over_backends(dropout="torch")
-def test_torch_dropout(target, packed, causal):
-    check_torch_dropout(target.operations, packed, target.device, causal)
-
-
-@over_backends(dropout="torch")
-def test_torch_dropout_in_the_mean(target):
-    """Over many draws: unbiased, each weight dropped as often as it should be, all independent."""
-    p, draws, device = 0.25, 4000, target.device
-    q = torch.zeros(16, draws, 16, device=device)  # all weights 1 / 16, one draw a head
-    v = torch.eye(16, device=device)[:, None].expand(16, draws, 16)
-    spans = AttentionCase("mean", (16,)).spans(device)
-    out = target.operations.attention_qkv(q, q, v, spans, dropout_of(p, device))
-    out = out.cpu().double() * 16
-    kept = (out > 0).double()
-    deviation = math.sqrt(p * (1 - p) / draws)
-    assert (kept.mean(1) - (1 - p)).abs().max() < 5 * deviation  # each of the 256 weights
-    assert (out.mean(1) - 1).abs().max() < 5 * deviation / (1 - p) + 1e-4
-    centred = (kept - kept.mean(1, keepdim=True)).transpose(0, 1).flatten(1)
-    correlation = centred.T @ centred / (draws * p * (1 - p))
-    correlation.fill_diagonal_(0.0)
-    assert correlation.abs().max() < 5.5 / math.sqrt(draws)  # 32640 pairs
-
-
-@over_backends(dropout="torch")
-def test_torch_dropout_follows_torch_s_generator(target):
-    dropout, draws = dropout_of(0.5, target.device), []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        draws.append(ODD.run(target.operations, target.device, torch.float32, dropout)["out"])
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-
-
-# ------------------------------------------------- sdpa's other path: of GPUs, and when compiling
-
-
-@pytest.fixture
-def sdpa_padded(monkeypatch) -> Operations:
-    from fasttx.ops import sdpa
-
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(sdpa, "_one_by_one", None)
-    return sdpa.adapter.operations
-
-
-@pytest.fixture
-def check_padded(sdpa_padded) -> Callable[..., None]:
-    def check(case: AttentionCase, dropout: Dropout = NO_DROPOUT) -> None:
-        for packed in PACKED_AND_APART:
-            values = case.run(sdpa_padded, "cpu", torch.float32, dropout, packed=packed)
-            found = measure(case, torch.float32).compare(f"sdpa padded, {case}", values)
-            assert not found.failures
-
-    return check
-
-
-@over_cases()
-def test_sdpa_padded(check_padded, case):
-    check_padded(case)
-
-
-@over_causal
-@pytest.mark.parametrize("case", EMPTY_CASES, ids=str)
-def test_sdpa_padded_with_nothing_to_attend_to(check_padded, case, causal):
-    for p in (0.0, 0.3, 1.0):
-        check_padded(replace(case, causal=causal), dropout_of(p, "cpu"))
-
-
-@over_causal
-def test_sdpa_padded_dropout(sdpa_padded, causal):
-    check_torch_dropout(sdpa_padded, True, "cpu", causal)

@@ -1,0 +1,224 @@
+"""What `fasttx.ops.fused` makes of kernels, for each backend that has them and runs here: operators
+that keep torch's rules, derivatives that are right or refused, arguments that are checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasttx.ops.contract import Spans
+from fasttx.ops.dropout import NO_DROPOUT
+from fasttx.ops.fused import FusedOperations
+from fasttx.testing import AttentionCase, Case, RowCase, dropout_of
+from tests import backends
+from tests.backends import TARGETS, Target, over_backends
+
+pytestmark = backends.POISONED
+
+FUSED = [target for target in TARGETS if isinstance(target.operations, FusedOperations)]
+over_fused = pytest.mark.parametrize("target", FUSED, ids=str)
+OPERATORS = [
+    f"{name}{direction}"
+    for name in ("attention", "attention_qkv", "embed", "add_norm", "bias_act")
+    for direction in ("", "_backward")
+]
+SEED = 0x1234567_89ABCDEF
+ATTENTION = AttentionCase("small", (5, 3), starts=(0, 6), rows=9, head_dim=8, causal=True)
+ROW_CASES = [
+    RowCase("embed", 5, 12),
+    RowCase("add_norm", 5, 12),
+    RowCase("bias_act", 5, 12),
+    RowCase("bias_act", 5, 12, "gelu"),
+]
+
+
+# --------------------------------------------------------------------------------------- operators
+
+
+def operator_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...]]]:
+    """(operator, arguments) of each, with and without dropout; dtype: of what linear layers give
+    and take."""
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return draw(*shape, dtype=dtype).requires_grad_()
+
+    float32 = torch.float32
+    starts, lens, _ = ATTENTION.spans(device)
+    ids = torch.tensor([1, 4, 1], device=device)
+    places = torch.arange(3, dtype=torch.int32, device=device)
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+    for drop in ((0, None), (6554, torch.tensor(SEED, device=device))):
+        options = (starts, lens, 5, *drop, True, 0.3)
+        out, q, k, v = draw(4, 9, 2, 8).unbind()
+        lse, qkv = draw(2, 9, dtype=float32), torch.stack((q, k, v), 1)
+        calls += [
+            ("attention", (leaf(9, 3, 2, 8), *options)),
+            ("attention_qkv", (leaf(9, 2, 8), leaf(9, 2, 8), leaf(9, 2, 8), *options)),
+            ("attention_backward", (out, qkv, out, lse, *options)),
+            ("attention_qkv_backward", (out, q, k, v, out, lse, *options)),
+        ]
+        bias, gamma, beta = (leaf(12, dtype=float32) for _ in range(3))
+        h, x, moments = draw(5, 12, dtype=float32), draw(5, 12), draw(2, 5, dtype=float32)
+        calls += [
+            ("add_norm", (leaf(5, 12, dtype=float32), leaf(5, 12), bias, gamma, beta, *drop, 1e-5)),
+            ("add_norm_backward", (h, x, h, gamma.detach(), moments, float32, *drop)),
+            ("add_norm_backward", (None, x, h, gamma.detach(), moments, float32, *drop)),
+            ("bias_act", (leaf(5, 12), bias, *drop, False)),
+            ("bias_act", (leaf(5, 12), bias, *drop, True)),
+            ("bias_act_backward", (x, x, bias.detach(), None, *drop, True)),
+            ("bias_act_backward", (x, None, None, x, *drop, False)),
+        ]
+        table, dout = leaf(6, 12, dtype=float32), draw(3, 12, dtype=float32)
+        positions = draw(4, 12, dtype=float32)
+        calls += [
+            ("embed", (ids, places, table, positions, *drop, 3.0)),
+            ("embed_backward", (dout, ids, 6, float32, *drop, 3.0)),
+        ]
+    return calls
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@over_fused
+def test_operators_keep_torch_s_rules(target, dtype, name):
+    """Schemas, shapes without data, autograd's registration, tracing."""
+    operator = getattr(getattr(torch.ops, f"fasttx_{target.name}"), name)
+    for called, arguments in operator_calls(target.device, dtype):
+        if called == name:
+            torch.library.opcheck(operator, arguments)
+
+
+@over_fused
+def test_every_operator_is_checked(target):
+    space = f"fasttx_{target.name}::"
+    names = torch._C._dispatch_get_all_op_names()
+    assert {x.removeprefix(space) for x in names if x.startswith(space)} == set(OPERATORS)
+    assert {name for name, _ in operator_calls(target.device, torch.float32)} == set(OPERATORS)
+
+
+# ------------------------------------------------------------------------------------- derivatives
+
+
+def call(case: Case, target: Target, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of a case for the inputs that have a gradient."""
+    device, dropout = target.device, dropout_of(0.3, target.device)
+    if isinstance(case, AttentionCase):
+        return (target.operations.attention(*inputs, case.spans(device), dropout, causal=True),)
+    names = case.leaves()
+    fixed = {name: x.to(device) for name, x in case.fixed(torch.float32).items()}
+    return case.call(target.operations, dict(zip(names, inputs, strict=True)) | fixed, dropout)
+
+
+def inputs_of(case: Case, device: str) -> list[Tensor]:
+    if isinstance(case, AttentionCase):
+        return [case.inputs(torch.float32)[0].to(device)]
+    return [x.to(device) for x in case.leaves(torch.float32).values()]
+
+
+@pytest.mark.parametrize("case", [ATTENTION, *ROW_CASES], ids=str)
+@over_fused
+def test_a_second_derivative_is_refused(target, case):
+    """And not left out with a warning. The first one stands."""
+    leaves = [x.requires_grad_() for x in inputs_of(case, target.device)]
+    loss = sum(x.square().sum() for x in call(case, target, *leaves))
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(x.isfinite().all() for x in first)
+    with pytest.raises(NotImplementedError, match="second derivative.*reference"):
+        sum(x.square().sum() for x in first).backward()
+
+
+@pytest.mark.parametrize("case", ROW_CASES, ids=str)
+@over_backends(dropout="shared")
+def test_forward_mode_derivatives_of_rows_are_right_or_refused(target, case):
+    """Never left out: torch takes what it does not know for a constant."""
+    inputs = inputs_of(case, target.device)
+    generator = torch.Generator().manual_seed(3)
+    tangents = [torch.randn(x.shape, generator=generator).to(target.device) for x in inputs]
+
+    def derive() -> tuple[Tensor, ...]:
+        function = lambda *x: call(case, target, *x)  # noqa: E731
+        return torch.func.jvp(function, tuple(inputs), tuple(tangents))[1]
+
+    if target in FUSED:
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives.*reference"):
+            derive()
+        return
+    step = 1e-3
+    ahead, behind = (
+        call(case, target, *(x + s * t for x, t in zip(inputs, tangents, strict=True)))
+        for s in (step, -step)
+    )
+    for found, a, b in zip(derive(), ahead, behind, strict=True):
+        torch.testing.assert_close(found, (a - b) / (2 * step), rtol=2e-2, atol=2e-2)
+
+
+# --------------------------------------------------------------------------------------- arguments
+
+
+@over_fused
+def test_shapes_that_do_not_fit_are_refused(target):
+    """Kernels see addresses: they would read past the end."""
+    ops, x = target.operations, torch.zeros(4, 8, device=target.device)
+    q, ids, bias = x.view(4, 1, 8), torch.zeros(4, device=target.device).int(), x[0]
+    spans = AttentionCase("one", (4,)).spans(target.device)
+    for refused, message in (
+        (lambda: ops.attention(torch.stack([q, q], 1), spans), r"qkv has shape \(4, 2, 1, 8\)"),
+        (lambda: ops.attention_qkv(q, q[:3], q, spans), r"q, k, v have shapes .*three equal"),
+        (lambda: ops.embed(ids, ids[:3], x, x, NO_DROPOUT, 1.0), r"ids and position_ids"),
+        (lambda: ops.embed(ids, ids, x, x[:, :7], NO_DROPOUT, 1.0), r"table and positions"),
+        (lambda: ops.add_norm(x, x[:3], bias, bias, bias, NO_DROPOUT), r"h and y have shapes"),
+        (lambda: ops.add_norm(x, x, bias, bias[:7], bias, NO_DROPOUT), r"gamma has shape \(7,\)"),
+        (lambda: ops.bias_act(x, bias[:7], NO_DROPOUT, "relu"), r"bias has shape \(7,\)"),
+        (lambda: ops.bias_act(q, bias, NO_DROPOUT, "relu"), r"u has shape \(4, 1, 8\)"),
+        (lambda: ops.bias_act(x, bias, NO_DROPOUT, "swish"), "'swish'; expected one of relu, gelu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
+@over_fused
+def test_tensors_of_two_devices_are_refused(target):
+    ops, x = target.operations, torch.zeros(4, 8, device=target.device)
+    qkv, ids = x.view(4, 1, 1, 8).expand(4, 3, 1, 8), torch.zeros(4, device=target.device).int()
+    far, elsewhere = x.to("meta"), AttentionCase("one", (4,)).spans("meta")
+    seed = dropout_of(0.5, "meta")
+    here = AttentionCase("one", (4,)).spans(target.device)
+    for refused in (
+        lambda: ops.attention(qkv, elsewhere),
+        lambda: ops.attention(qkv, here, seed),
+        lambda: ops.attention_qkv(qkv[:, 0], qkv[:, 1].to("meta"), qkv[:, 2], here),
+        lambda: ops.embed(ids, ids.to("meta"), x, x, NO_DROPOUT, 1.0),
+        lambda: ops.add_norm(x, far, x[0], x[0], x[0], NO_DROPOUT),
+        lambda: ops.bias_act(x, far[0], NO_DROPOUT, "relu"),
+        lambda: ops.bias_act(x, x[0], seed, "relu"),
+    ):
+        with pytest.raises(ValueError, match="and meta; expected one device for all"):
+            refused()
+
+
+@over_fused
+def test_spans_with_strides(target):
+    """Kernels read starts and lens as dense."""
+    case = AttentionCase("pairs", (3, 1, 4), starts=(5, 0, 1), rows=9)
+    qkv, device = case.inputs(torch.float32)[0].to(target.device), target.device
+    pairs = torch.tensor(case.pairs, dtype=torch.int32, device=device)
+    out = target.operations.attention(qkv, Spans(*pairs.unbind(1), 4))
+    dense = Spans(*(x.contiguous() for x in pairs.unbind(1)), 4)
+    assert torch.equal(out, target.operations.attention(qkv, dense))
+
+
+@over_fused
+def test_projections_of_two_dtypes(target):
+    """Computed in float32, and rounded to that of q."""
+    q, k, v = torch.randn(3, 9, 2, 16, device=target.device)
+    spans, low = AttentionCase("one", (9,)).spans(target.device), q.half()
+    out = target.operations.attention_qkv(low, k, v, spans)
+    assert out.dtype == torch.float16
+    assert torch.equal(out, target.operations.attention_qkv(low.float(), k, v, spans).half())
