@@ -2,67 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasttx import device as devices
 from fasttx.errors import CheckpointError, TokenizerError
 from fasttx.models.classifier import TransformerClassifier
-from fasttx.text.packing import RaggedIds, pack
+from fasttx.tasks import read_config
+from fasttx.text.packing import RaggedIds
+from fasttx.text.reading import mean_of_windows, read
 from fasttx.text.tokenizer import Tokenizer
-from fasttx.training.checkpoint import CLASSIFICATION, RunConfig, RunFolder, load_weights
-
-
-def by_length(ids: RaggedIds, batch_size: int) -> Iterator[np.ndarray]:
-    """Index batches, longest texts first: a text's company does not change its logits, equal
-    lengths side by side suit every device, and if memory does not suffice it fails early.
-    """
-    order = np.argsort(-ids.lengths, kind="stable")
-    return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-
-
-@torch.inference_mode()
-def predict_logits(
-    model: nn.Module, ids: RaggedIds, device: torch.device, *, batch_size: int = 64,
-    precision: str = "fp32",
-) -> Tensor:  # fmt: skip
-    """Logits (texts, num_classes) fp32 on the CPU, in the order of `ids`; leaves eval mode on."""
-    model.eval()
-    rows: list[tuple[np.ndarray, Tensor]] = []
-    for indices in by_length(ids, batch_size):
-        multiple = devices.token_multiple(device, precision)
-        batch = pack(ids.select(indices), token_multiple=multiple).to(device)
-        with devices.autocast(device, precision):
-            rows.append((indices, model(**batch.model_inputs()).float()))
-    if not rows:
-        return torch.empty(0, 0)
-    order = torch.from_numpy(np.concatenate([indices for indices, _ in rows]))
-    logits = torch.cat([r for _, r in rows]).cpu()  # one wait for the device, at the end
-    return torch.empty_like(logits).index_copy_(0, order, logits)
-
-
-def read(
-    ids: RaggedIds, max_len: int, truncation: str, long_texts: str
-) -> tuple[RaggedIds, np.ndarray | None]:
-    """What the model reads of texts that it predicts, as TrainConfig has it: the ids, and of
-    windows the text (windows,) that each belongs to."""
-    if long_texts == "windows":
-        return ids.windows(max_len)
-    return ids.truncate(max_len, truncation), None
-
-
-def mean_of_windows(logits: Tensor, owner: np.ndarray | None) -> Tensor:
-    """(windows, num_classes) -> (texts, num_classes); every text has a window."""
-    if owner is None or not len(owner):
-        return logits
-    of = torch.from_numpy(owner)
-    sums = logits.new_zeros(int(owner[-1]) + 1, logits.shape[1]).index_add_(0, of, logits)
-    return sums / torch.bincount(of)[:, None]
+from fasttx.training.checkpoint import RunFolder, load_weights
+from fasttx.training.inference import predict_logits
 
 
 @dataclass(frozen=True)
@@ -76,7 +32,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TextClassifier:
-    """What `fasttx.load` gives: `model`, `tokenizer`, and `predict`."""
+    """What `fasttx.load` returns: `model`, `tokenizer`, and `predict`."""
 
     model: TransformerClassifier
     tokenizer: Tokenizer
@@ -91,7 +47,7 @@ class TextClassifier:
         return ids.truncate(self.model.config.max_len, self.truncation)
 
     def read(self, ids: RaggedIds) -> tuple[RaggedIds, np.ndarray | None]:
-        """What the model reads of the whole texts `ids`: see the function `read`."""
+        """The ids that the model is measured on: see `fasttx.text.reading.read`."""
         return read(ids, self.model.config.max_len, self.truncation, self.long_texts)
 
     def logits(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
@@ -126,7 +82,7 @@ def load(
     folder = RunFolder(Path(run))
     if not folder.path.is_dir():
         raise CheckpointError(f"{folder.path} is not a folder; expected one that train.py wrote")
-    config = RunConfig.load(folder.config, CLASSIFICATION)
+    config = read_config(folder.config, "classification")
     model_config = config.train.model
     if attn_backend is not None:
         model_config = replace(model_config, attn_backend=attn_backend)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import logging
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,20 +16,17 @@ import numpy as np
 import torch
 
 from fasttx import device as devices
-from fasttx.config import RECIPES, TrainConfig
-from fasttx.errors import CheckpointError, ConfigError
+from fasttx.commands import flags
+from fasttx.config import TrainConfig
+from fasttx.errors import CheckpointError
 from fasttx.files import write_json_atomic
 from fasttx.models import bag_of_words
-from fasttx.models.lstm import LSTMClassifier
+from fasttx.tasks import TASKS, lstm, read_config
 from fasttx.text import splits as data
-from fasttx.training import progress as report
+from fasttx.text.labels import label_table
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import LSTM_BASELINE, RunConfig, RunFolder
-from fasttx.training.distributed import Processes
+from fasttx.training.checkpoint import RunFolder, read_json
 from fasttx.training.metrics import Metrics, classification_metrics, format_metrics
-from fasttx.training.trainer import Interrupted
-
-log = logging.getLogger("fasttx")
 
 # What `fasttx baseline all` fits, one after the other.
 ALL = (
@@ -41,21 +37,12 @@ DATA_SETTINGS = (
     "dataset", "text_column", "label_column", "train_samples", "test_samples", "seed",
     "split_seed",
 )  # fmt: skip
-LSTM = "lstm"  # what the config.json of its runs holds instead of a recipe of train.py
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of TrainConfig that were given."""
     names = {f.name for f in fields(TrainConfig)}
     return {name: value for name, value in vars(args).items() if name in names}
-
-
-def _load(config: TrainConfig) -> tuple[TrainConfig, data.TextDataset, list[str]]:
-    """`config` with `auto` settled, its splits, and the lines there are to show about them."""
-    source = data.resolve(config.dataset)
-    config = replace(config, dataset=source.name)
-    dataset = data.load(config)
-    return config, dataset, [*source.notes, *dataset.notes]
 
 
 # --- linear models --------------------------------------------------------------------------------
@@ -74,7 +61,7 @@ def measure_linear(
     )
     fitted_at, cpu_seconds = time.perf_counter(), time.process_time() - cpu_start
     test = classification_metrics(fitted.logits(dataset.test.texts), dataset.test.labels)
-    measured, described, cpu = test.to_dict(), runs.describe(dataset), torch.device("cpu")
+    measured, described, cpu = test.to_dict(), dataset.describe(), torch.device("cpu")
     results = {
         "baseline": kind,
         "ngrams": ngrams,
@@ -106,8 +93,12 @@ def _linear(args: argparse.Namespace) -> None:
     else:
         jobs = [(args.kind, args.ngrams or bag_of_words.KINDS[args.kind].ngrams)]
     folders = [_folder(args.out, f"{k}-{n}" if args.kind == "all" else "") for k, n in jobs]
-    config, dataset, notes = _load(TrainConfig(**_settings(args)))
+    config = TrainConfig(**_settings(args))
+    source = data.resolve(config.dataset)
+    config = replace(config, dataset=source.name)
+    dataset = data.load(config)
     if not args.json:
+        notes = [*source.notes, *dataset.notes]
         print("\n".join([*notes, _fitted_on(dataset), _TABLE_HEAD]), flush=True)
     for (kind, ngrams), folder in zip(jobs, folders, strict=True):
         test, results = measure_linear(kind, ngrams, dataset, config)
@@ -138,9 +129,9 @@ def _fitted_on(dataset: data.TextDataset) -> str:
     train, validation, test = (
         len(split.texts) for split in (dataset.train, dataset.validation, dataset.test)
     )
-    counts = runs.describe(dataset)["label_counts"]
+    counts = dataset.describe()["label_counts"]
     return (
-        f"{report.label_table(counts)}\n{dataset.name}: fitted on train and validation together, "
+        f"{label_table(counts)}\n{dataset.name}: fitted on train and validation together, "
         f"{train + validation:,} texts, since nothing is chosen with the latter; tested on {test:,}"
     )
 
@@ -159,115 +150,28 @@ def _table_line(results: Mapping[str, Any]) -> str:
 # --- the LSTM -------------------------------------------------------------------------------------
 
 
-def lstm_config(settings: Mapping[str, Any], dataset: str) -> TrainConfig:
-    """The recipe of the Transformer it is compared with (`full`; `demo` on that corpus), with the
-    same tokenizer, truncation and optimiser, at a rate and a dropout that are usual for an LSTM.
-    `model` is the Transformer's: the LSTM is made as large as that. Raises ConfigError."""
-    recipe = RECIPES["demo" if dataset == "demo" else "full"]
-    model = replace(recipe.model, dropout=0.3, attention_dropout=None, attn_backend="reference")
-    return replace(recipe, model=model, lr=1e-3, **{**settings, "dataset": dataset})
-
-
-def _open_lstm(args: argparse.Namespace) -> runs.Run | None:
-    """A new run, or the one to resume; None if that one is finished."""
-    settings = _settings(args)
-    if args.resume is None:
-        config, dataset, notes = _load(TrainConfig(**settings))
-        for note in notes:
-            log.info("%s", note)
-        folder = runs.new_folder(args.out, LSTM, Processes())
-        return runs.create(
-            lstm_config(settings, config.dataset), LSTM, folder, dataset, Processes()
-        )
-
-    folder = RunFolder(args.resume)
-    if given := [*settings, *(["out"] if args.out else [])]:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ConfigError(f"--resume takes its settings from {folder.config}; leave out {flags}")
-    saved = RunConfig.load(folder.config, LSTM_BASELINE)
-    return None if folder.results.exists() else runs.resume(folder, saved, Processes())
-
-
-def _lstm(args: argparse.Namespace) -> int:
-    log.setLevel(logging.INFO)
+def _lstm(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    given = _settings(args)
+    flags.refuse_beside_resume(parser, args.resume, {**given, "out": args.out})
+    task = TASKS["the LSTM baseline"].load()
     # With --json, train.log has it all, and standard output has the JSON alone.
-    with nullcontext() if args.json else report.console():
-        run = _open_lstm(args)
-        if run is None:
-            print(f"{args.resume} is finished: its results are in {RunFolder(args.resume).results}")
-            return 0
-        with report.log_file(run.folder.log):
-            try:
-                results = train_lstm(run, quiet=args.json)
-            except Interrupted:
-                how = f"fasttx baseline lstm --resume {run.folder.path}"
-                log.info("stopped and saved; go on with: %s", how)
-                return 130
+    with runs.session(quiet=args.json) as processes:
+        if args.resume:
+            folder = RunFolder(args.resume)
+            run = runs.resume(task, folder, read_config(folder.config, task.name), processes)
+        else:
+            source = data.resolve(TrainConfig(**given).dataset)
+            config = lstm.settings(given, source.name)
+            run = runs.create(task, config, source, lstm.RECIPE, args.out, processes)
+        results = runs.train(run, quiet=args.json) if run else read_json(folder.results)
     if args.json:
         print(json.dumps(results))
-    return 0
-
-
-def train_lstm(run: runs.Run, *, quiet: bool = False) -> dict[str, Any]:
-    """Train as train.py does, from where the run stands to its end. What its results.json holds.
-
-    Raises Interrupted (saved, resumable) and DivergedError.
-    """
-    torch.manual_seed(run.config.train.seed)
-    model = LSTMClassifier(run.config.train.model).to(run.device)
-    log.info("%s", _lstm_heading(run, model))
-    log.info("%s", report.label_table(run.config.dataset["label_counts"]))
-    measured = runs.train_and_test(run, model, Processes(), quiet=quiet)
-    of_transformers = ("attn_backend", "mps", "recipe")
-    results = {
-        "baseline": LSTM,
-        "hidden_size": model.hidden_size,
-        **{k: v for k, v in measured.items() if k not in of_transformers},
-    }
-    write_json_atomic(run.folder.results, results)
-    log.info(
-        "\n%s: test accuracy %.2f%% on %s texts (epoch %d, chosen by validation accuracy %.2f%%)\n"
-        "trained at %.1f samples/s; %s",
-        run.config.dataset["name"], 100 * results["test_accuracy"], f"{len(run.test):,}",
-        results["best_epoch"], 100 * results["val_accuracy"], results["samples_per_second"],
-        run.folder.results,
-    )  # fmt: skip
-    return results
-
-
-def _lstm_heading(run: runs.Run, model: LSTMClassifier) -> str:
-    t = run.config.train
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-    shape = f"embedding {t.model.d_model}, hidden {model.hidden_size} in each direction"
-    length = f"{t.model.max_len} tokens ({t.truncation})"
-    return f"""\
-run        {run.folder.path}  (baseline {LSTM}, seed {t.seed})
-data       {run.config.dataset["name"]}
-model      bidirectional LSTM, {size}, {shape}
-           {t.model.vocab_size} words, {length}, dropout {t.model.dropout:g}
-device     {run.device}, {t.precision}, {torch.get_num_threads()} threads
-training   {t.epochs} epochs, batch {t.batch_size}, {t.optimizer} at {t.lr:g} ({t.schedule})"""
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    """The settings of TrainConfig that choose the splits, and where the results go."""
-    for f in fields(TrainConfig):
-        if f.name in DATA_SETTINGS:
-            number = f.name.endswith(("_samples", "seed"))
-            parser.add_argument(
-                "--" + f.name.replace("_", "-"), type=int if number else str,
-                metavar="N" if number else "NAME", default=argparse.SUPPRESS,
-                help=f.metadata["help"],
-            )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="JSON, one object a baseline")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json")
-
-
 def add_command(commands: Any) -> None:
-    """Add `baseline` to the subparsers of `fasttx`."""
     baseline = commands.add_parser(
         "baseline", help="fit and measure a simpler model on the splits of train.py"
     )
@@ -278,21 +182,27 @@ def add_command(commands: Any) -> None:
         _add_flags(parser)
         default = f"{bag_of_words.KINDS[name].ngrams}" if name != "all" else "those of the table"
         parser.add_argument(
-            "--ngrams", type=int, choices=bag_of_words.NGRAMS,
+            "--ngrams",
+            type=int,
+            choices=bag_of_words.NGRAMS,
             help=f"1: words; 2: words and pairs of them; 3: triples too (default: {default})",
-        )  # fmt: skip
+        )
         parser.set_defaults(run_command=_linear, kind=name)
 
-    lstm = kinds.add_parser(LSTM, help="a bidirectional LSTM as large as the Transformer (torch)")
-    _add_flags(lstm)
-    for name, kind, metavar in (
-        ("epochs", int, "N"), ("device", str, "NAME"), ("precision", str, "NAME")
-    ):  # fmt: skip
-        text = TrainConfig.__dataclass_fields__[name].metadata["help"]
-        lstm.add_argument(
-            f"--{name}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text
-        )
-    lstm.add_argument(
-        "--resume", type=Path, metavar="RUN", help="go on with this run; takes no other settings"
+    parser = kinds.add_parser(
+        "lstm", help="a bidirectional LSTM as large as the Transformer (torch)"
     )
-    lstm.set_defaults(run_command=_lstm)
+    _add_flags(parser)
+    for name in ("epochs", "device", "precision"):
+        flags.add_setting(parser, TrainConfig, name)
+    flags.add_resume(parser)
+    parser.set_defaults(run_command=functools.partial(_lstm, parser))
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    """The settings that choose the splits, and where the results go."""
+    for f in fields(TrainConfig):
+        if f.name in DATA_SETTINGS:
+            flags.add_setting(parser, TrainConfig, f.name)
+    flags.add_json(parser, "JSON, one object a baseline")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json")

@@ -6,22 +6,25 @@ at the size of a batch of IMDB. The outcome is what a bug report should hold.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from fasttx import device as devices
-from fasttx.ops.registry import BACKENDS, Backend, resolve_name
-from fasttx.testing.selfcheck import (
-    TOLERANCES,
+from fasttx.commands import flags
+from fasttx.ops.registry import BACKENDS, Backend, descriptions, resolve_name
+from fasttx.testing import (
     Outcome,
     Shape,
-    attention_cases,
     attention_step,
+    check,
+    describe,
     milliseconds,
-    row_cases,
+    quick_cases,
 )
 
 HEAD_DIM = 32
@@ -37,23 +40,14 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check(backend: Backend, device: str, dtype: torch.dtype) -> Outcome:
-    """Against the reference on the CPU. Where the masks are torch's own, without dropout."""
-    outcome = Outcome()
-    mine, reference = backend.adapter(), BACKENDS["reference"].adapter()
+def _check(backend: Backend, device: torch.device, dtype: torch.dtype) -> Outcome:
+    """Against float64. Where the masks are torch's own, without dropout."""
     p = 0.1 if backend.dropout == "shared" else 0.0
-    tolerance = TOLERANCES[dtype]
     try:
-        here, on_cpu = (attention_cases(d, dtype, HEAD_DIM, p) for d in (device, "cpu"))
-        for (what, run), (_, judge) in zip(here, on_cpu, strict=True):
-            outcome.compare(f"attention, {what}", run(mine), judge(reference), tolerance)
-        here, on_cpu = (row_cases(d, dtype, HEAD_DIM, p) for d in (device, "cpu"))
-        for (what, run), (_, judge) in zip(here, on_cpu, strict=True):
-            outcome.compare(what, run(mine.rowops), judge(reference.rowops), tolerance)
+        operations = backend.operations
     except Exception as error:  # a report says so; it does not end there
-        text = " ".join(str(error).split())[:500]
-        outcome.failures.append(f"{type(error).__name__}: {text}")
-    return outcome
+        return Outcome([describe(error)])
+    return check(operations, quick_cases(HEAD_DIM), device, dtype, p)
 
 
 def _examine(backend: Backend, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -61,14 +55,13 @@ def _examine(backend: Backend, device: torch.device, dtype: torch.dtype) -> dict
     row["unavailable"] = backend.unavailable_reasons(device, dtype, HEAD_DIM)
     if row["unavailable"]:
         return row
-    outcome = _check(backend, str(device), dtype)
+    outcome = _check(backend, device, dtype)
     row["failures"] = outcome.failures
     row["errors"] = outcome.errors
     row["largest_error"] = max(outcome.errors.values(), default=None)
     if not outcome.failures:  # no speed of what has not just been verified
-        attention = backend.adapter().attention
-        step = attention_step(attention, str(device), dtype, HEAD_DIM, SHAPE)
-        row["milliseconds"] = milliseconds(step, device.type, WARM_UP, RUNS)
+        step = attention_step(backend.operations, device, dtype, HEAD_DIM, SHAPE)
+        row["milliseconds"] = milliseconds(step, device, WARM_UP, RUNS)
     return row
 
 
@@ -86,31 +79,30 @@ def examine(device: torch.device, dtypes: Iterable[torch.dtype] | None = None) -
     """Everything, as a dictionary of plain values.
 
     keys: versions, hardware, device, auto, timed (what `milliseconds` are of), backends (a row a
-    backend and dtype: unavailable, failures, errors, largest_error, milliseconds), mps (the choices
-    of that backend: path, reason, errors, milliseconds), sound.
+    backend and dtype: unavailable, failures, errors, largest_error, milliseconds), sound, and
+    under the name of a backend that describes itself what it chose (path, reason, errors,
+    milliseconds).
     """
     rows = [
         _examine(backend, device, dtype)
         for backend in BACKENDS.values()
         for dtype in dtypes or _dtypes(device)
     ]
-    choices: dict[str, Any] = {}
-    if device.type == "mps":
-        from fasttx.ops.mps import adapter as mps
-
-        choices = mps.choices()
+    chosen = resolve_name("auto", device, torch.float32, HEAD_DIM)
+    described = descriptions(chosen)
+    choices = [choice for parts in described.values() for choice in parts.values()]
     return {
         "versions": devices.versions(),
         "hardware": devices.hardware(device) | _gpu(device),
         "device": str(device),
-        "auto": resolve_name("auto", device, torch.float32, HEAD_DIM),
+        "auto": chosen,
         "timed": f"attention of one layer, forward and backward, dropout 0.1: {len(SHAPE.lens)} "
         f"texts, {sum(SHAPE.lens)} tokens, {SHAPE.heads} heads of {HEAD_DIM}; median of {RUNS} "
         f"after {WARM_UP} to warm up",
         "backends": rows,
-        "mps": choices,
+        **described,
         "sound": not any(row.get("failures") for row in rows)
-        and not any("failed" in choice["reason"] for choice in choices.values()),
+        and not any("failed" in choice["reason"] for choice in choices),
     }
 
 
@@ -134,6 +126,23 @@ def text(found: dict[str, Any]) -> str:
         cells = (name.ljust(widths[0]), dtype.ljust(widths[1]), ms.rjust(widths[2]), state)
         lines.append("  ".join(cells).rstrip())
     lines += ["", f"auto on {found['device']}: {found['auto']}"]
-    lines += [f"mps: {part}: {c['path']} ({c['reason']})" for part, c in found["mps"].items()]
+    for name in BACKENDS:
+        parts = found.get(name, {}).items()
+        lines += [f"{name}: {part}: {c['path']} ({c['reason']})" for part, c in parts]
     lines.append("" if found["sound"] else "\nSomething is wrong here: please report this output.")
     return "\n".join(lines).rstrip()
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    found = examine(devices.pick(args.device))
+    print(json.dumps(found) if args.json else text(found))
+    return 0 if found["sound"] else 1
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor", help="check and time every backend here; what a bug report should hold"
+    )
+    flags.add_device(parser)
+    flags.add_json(parser)
+    parser.set_defaults(run_command=_doctor)

@@ -17,21 +17,24 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from fasttx import device as devices
 from fasttx.commands import flags
 from fasttx.errors import CheckpointError, ConfigError
 from fasttx.files import write_json_atomic
-from fasttx.load import TextClassifier, load, mean_of_windows, predict_logits
+from fasttx.load import TextClassifier, load
 from fasttx.models import bag_of_words
+from fasttx.models.pool import Pool
+from fasttx.tasks import read_config
 from fasttx.text import splits as data
-from fasttx.training import progress as report
+from fasttx.text.reading import mean_of_windows
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import CLASSIFICATION, RunConfig, RunFolder
+from fasttx.training.checkpoint import RunConfig, RunFolder
 from fasttx.training.distributed import Processes
+from fasttx.training.inference import predict_logits
 from fasttx.training.metrics import classification_metrics, format_metrics, log_softmax
 from fasttx.training.predictions import Predictions, PseudoLabels
+from fasttx.training.progress import clock, console
 
 log = logging.getLogger("fasttx")
 
@@ -46,58 +49,6 @@ class Member:
     name: str
     logits: Callable[[Sequence[str]], np.ndarray]
     test: np.ndarray | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Pool:
-    """A logarithmic opinion pool: softmax of `bias` (C,) and the members' centred logits, times
-    `weights` (M,).
-
-    Source: Genest, Zidek, "Combining Probability Distributions: A Critique and an Annotated
-    Bibliography", Statistical Science 1(1), 1986; weights fitted on texts that no member was
-    trained on: Wolpert, "Stacked Generalization", Neural Networks 5(2), 1992.
-    """
-
-    weights: np.ndarray
-    bias: np.ndarray
-
-    @classmethod
-    def fit(cls, members: np.ndarray, labels: np.ndarray) -> Pool:
-        """members (M, n, C) logits, labels (n,) -> the pool of the least negative log-likelihood,
-        plus half the squared weights of members that are scaled to deviate by 1: of few texts
-        that are all told apart, the weights would be infinite."""
-        logits = torch.from_numpy(_centred(members))
-        scale = logits.square().mean((1, 2)).sqrt().clamp(min=1e-12)
-        logits = logits / scale[:, None, None]
-        truth = torch.from_numpy(labels)
-        weights = torch.zeros(len(logits), dtype=torch.float64, requires_grad=True)
-        bias = torch.zeros(logits.shape[2], dtype=torch.float64, requires_grad=True)
-        solver = torch.optim.LBFGS(
-            [weights, bias], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-15,
-            line_search_fn="strong_wolfe",
-        )  # fmt: skip
-
-        def objective() -> torch.Tensor:
-            solver.zero_grad()
-            pooled = torch.einsum("m,mnc->nc", weights, logits) + bias
-            value = F.cross_entropy(pooled, truth) + 0.5 * weights.square().sum() / len(truth)
-            value.backward()
-            return value
-
-        solver.step(objective)
-        fitted = (weights.detach() / scale).numpy()
-        return cls(fitted, (bias - bias.mean()).detach().numpy())
-
-    def __call__(self, members: np.ndarray) -> np.ndarray:
-        """(M, n, C) logits -> (n, C) logits of the pool."""
-        pooled: np.ndarray = np.einsum("m,mnc->nc", self.weights, _centred(members)) + self.bias
-        return pooled
-
-
-def _centred(members: np.ndarray) -> np.ndarray:
-    values = np.asarray(members, dtype=np.float64)
-    centred: np.ndarray = values - values.mean(2, keepdims=True)
-    return centred
 
 
 # --- the members ----------------------------------------------------------------------------------
@@ -121,7 +72,7 @@ def _read_texts(
         now, done = time.perf_counter(), min(at + TEXTS_AT_A_TIME, len(texts))
         if now - last >= SECONDS_BETWEEN_LINES:
             last, rate = now, done / (now - start)
-            left = report.clock((len(texts) - done) / rate)
+            left = clock((len(texts) - done) / rate)
             log.info(
                 "%s: %d of %d texts  %.1f texts/s  %s left", name, done, len(texts), rate, left
             )
@@ -155,7 +106,7 @@ def _linear(kind: str, ngrams: int, dataset: data.TextDataset, seed: int) -> Mem
 
 def _open(args: argparse.Namespace) -> tuple[RunConfig, data.TextDataset, list[Member]]:
     """The first run's settings, the splits, which all runs must share, and the members."""
-    found = [RunConfig.load(RunFolder(path).config, CLASSIFICATION) for path in args.run]
+    found = [read_config(RunFolder(path).config, "classification") for path in args.run]
     first = found[0]
     for path, run in zip(args.run, found, strict=True):
         if run.dataset["fingerprint"] != first.dataset["fingerprint"]:
@@ -252,7 +203,7 @@ def _label(
     }
 
 
-def _run(args: argparse.Namespace) -> int:
+def _ensemble(args: argparse.Namespace) -> None:
     if args.pseudo_labels and args.out is None:
         raise ConfigError("--pseudo-labels needs a folder to write them to: add --out DIR")
     if args.ngrams and not args.linear:
@@ -265,7 +216,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.out is not None:
         folder = runs.new_folder(args.out, "ensemble", Processes())
     # With --json, standard output has the JSON alone.
-    with report.console(logging.ERROR if args.json else logging.INFO):
+    with console(logging.ERROR if args.json else logging.INFO):
         start = time.perf_counter()
         run, dataset, members = _open(args)
         texts: list[str] = []
@@ -296,7 +247,6 @@ def _run(args: argparse.Namespace) -> int:
             log.info("%s%s", folder.results, more)
     if args.json:
         print(json.dumps(results))
-    return 0
 
 
 def add_command(commands: Any) -> None:
@@ -326,8 +276,5 @@ def add_command(commands: Any) -> None:
         "--pseudo-labels", action="store_true", help="label the dataset's unlabelled texts too"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for results.json")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts at a time (default: 64)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--attn-backend", help="instead of the runs' own choice")
-    parser.add_argument("--json", action="store_true", help="JSON instead of text")
-    parser.set_defaults(run_command=_run)
+    flags.add_inference(parser, "the runs'")
+    parser.set_defaults(run_command=_ensemble)

@@ -1,18 +1,11 @@
-"""`fasttx explain RUN "text"`: one text's label, and what its words had to do with it."""
+"""One text's label, and what its words had to do with it: for a terminal and for a page."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from fasttx.errors import DataError
-from fasttx.load import load
 from fasttx.reporting import page, plots
-from fasttx.reporting.attributions import Explanation, explain
+from fasttx.reporting.attributions import Explanation
 from fasttx.reporting.escaping import escaped, printable
 from fasttx.reporting.findings import percent
 
@@ -168,32 +161,3 @@ def html(found: Explanation, run: str) -> str:
         note = page.paragraph(ATTENTION_NOTE)
         body.append(page.section("attention", "Attention maps", title, note, maps))
     return page.document(heading, "\n".join(body))
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def _explain(args: argparse.Namespace) -> None:
-    if args.html:
-        page.check_folder(Path(args.html))
-    # sdpa runs everywhere, and has gradients everywhere.
-    model = load(args.run, device=args.device, attn_backend="sdpa")
-    if len(model.label_names) < 2:
-        raise DataError(f"{args.run} knows one label only: there is no decision to explain")
-    found = explain(model, args.text)
-    print(terminal(found, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-    if args.html:
-        page.write(Path(args.html), html(found, Path(args.run).resolve().name), {})
-        print(f"\n{args.html}: open it in a browser")
-
-
-def add_command(commands: Any) -> None:
-    """`fasttx explain`, among the subparsers `commands`."""
-    parser = commands.add_parser(
-        "explain", help="which words of a text spoke for its label, and where attention looked"
-    )
-    parser.add_argument("run", metavar="RUN", help="a run folder that train.py wrote")
-    parser.add_argument("text", help="the text")
-    parser.add_argument("--html", metavar="FILE", help="write a page with attention maps as well")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.set_defaults(run_command=_explain)

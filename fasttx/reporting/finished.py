@@ -12,6 +12,7 @@ import numpy as np
 from fasttx.errors import CheckpointError, DataError
 from fasttx.load import TextClassifier, load
 from fasttx.reporting.findings import percent
+from fasttx.tasks import read_config
 from fasttx.text.splits import TextDataset
 from fasttx.text.token_cache import encode_cached
 from fasttx.training import run as runs
@@ -60,7 +61,7 @@ def open_run(path: Path, device: str = "auto") -> FinishedRun:
     """Raises CheckpointError for a run that is not finished: its test split is not touched yet."""
     model = load(path, device=device, attn_backend="sdpa")  # which runs everywhere
     folder = RunFolder(path)
-    config = RunConfig.load(folder.config)
+    config = read_config(folder.config)
     if not folder.results.exists():
         raise CheckpointError(
             f"{folder.results} does not exist: the run is not finished, and its test split is "
@@ -90,9 +91,8 @@ def open_run(path: Path, device: str = "auto") -> FinishedRun:
 
 
 def _predictions(
-    folder: RunFolder, config: RunConfig, model: TextClassifier,
-    dataset: TextDataset | None,
-) -> Predictions | None:  # fmt: skip
+    folder: RunFolder, config: RunConfig, model: TextClassifier, dataset: TextDataset | None
+) -> Predictions | None:
     """Those that the run saved; of an older run, computed now and saved for the next time."""
     if folder.test_predictions.exists():
         found = Predictions.load(folder.test_predictions, len(config.label_names))

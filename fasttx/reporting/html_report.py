@@ -1,12 +1,10 @@
-"""`fasttx report RUN`: all that a finished run has to show, on one HTML page, and as PNGs."""
+"""The page of a finished run, and its pictures."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +14,13 @@ from fasttx.reporting import attributions, explain, findings, page, plots
 from fasttx.reporting.attributions import Explanation
 from fasttx.reporting.escaping import escaped
 from fasttx.reporting.findings import percent
-from fasttx.reporting.finished import FinishedRun, open_run
-from fasttx.training import progress as report
+from fasttx.reporting.finished import FinishedRun
+from fasttx.text.labels import single_class_warning
 from fasttx.training.predictions import Predictions
+from fasttx.training.progress import clock
+from fasttx.training.results import time_to_accuracy
 
 MISTAKES = 8
-
-
-# --- the page -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -57,7 +54,7 @@ def build(run: FinishedRun) -> tuple[str, dict[str, plots.Picture]]:
     _configuration(out, run)
 
     name, metrics = str(run.config.dataset["name"]), run.metrics
-    warning = report.single_class_warning(run.config.dataset["label_counts"])
+    warning = single_class_warning(run.config.dataset["label_counts"])
     alarms = [page.alarm(text) for text in ([warning] if warning else []) + run.notes]
     head = [
         f'<p class="kicker">{escaped(f"fasttx, run {run.folder.path.resolve().name}")}</p>',
@@ -72,17 +69,17 @@ def build(run: FinishedRun) -> tuple[str, dict[str, plots.Picture]]:
 
 def _tiles(run: FinishedRun) -> list[tuple[str, str, str]]:
     r, metrics = run.results, run.metrics
-    reached = report.time_to_accuracy(r["history"])
+    reached = time_to_accuracy(r["history"])
     first = [
         ("test accuracy", percent(metrics.accuracy, 2), f"{metrics.n:,} texts"),
         ("validation accuracy", percent(r["val_accuracy"], 2), f"epoch {r['best_epoch']}, chosen"),
         ("macro F1", percent(metrics.macro_f1, 2), f"{len(run.names)} labels"),
         ("calibration error", percent(metrics.expected_calibration_error), "expected, 15 bins"),
-        ("training", report.clock(r["seconds"]), f"{r['samples_per_second']:,.1f} samples/s"),
+        ("training", clock(r["seconds"]), f"{r['samples_per_second']:,.1f} samples/s"),
     ]
     targets = [
         (f"training until {percent(float(target), 0)}",
-         report.clock(s) if s is not None else "not reached", "validation accuracy")
+         clock(s) if s is not None else "not reached", "validation accuracy")
         for target, s in reached.items()
     ]  # fmt: skip
     return [
@@ -116,7 +113,7 @@ def _curves(out: Pages, run: FinishedRun) -> None:
     rows = [
         [str(e["epoch"]) + (" (chosen)" if e["epoch"] == best else ""), f"{e['train_loss']:.4f}",
          percent(e["train_accuracy"], 2), f"{e['val_loss']:.4f}", percent(e["val_accuracy"], 2),
-         report.clock(e["seconds"]), f"{e['samples_per_second']:,.1f}"]
+         clock(e["seconds"]), f"{e['samples_per_second']:,.1f}"]
         for e in history
     ]  # fmt: skip
     names = ("epoch", "train loss", "train accuracy", "val loss", "val accuracy", "time",
@@ -216,8 +213,7 @@ def _throughput(out: Pages, run: FinishedRun) -> None:
         run.rows, int(run.config.dataset["train_samples"]), run.samples_per_step
     )
     heading = (
-        f"{r['samples_per_second']:,.1f} samples/s on average; {report.clock(r['seconds'])} of "
-        "training"
+        f"{r['samples_per_second']:,.1f} samples/s on average; {clock(r['seconds'])} of training"
     )
     drawn = out.draw("throughput", heading, plots.throughput, seconds, rates,
                      r["samples_per_second"])  # fmt: skip
@@ -262,29 +258,3 @@ def _footer(run: FinishedRun) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in run.results["versions"].items())
     hardware = ", ".join(f"{name} {v}" for name, v in run.results["hardware"].items())
     return f"<footer>{page.paragraph(f'Trained with {versions}; {hardware}.')}</footer>"
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def _report(args: argparse.Namespace) -> None:
-    path = Path(args.run)
-    out = Path(args.out) if args.out else path / "report.html"
-    if args.out:
-        page.check_folder(out)  # before minutes of work
-    html, pictures = build(open_run(path, args.device))
-    folder = page.write(out, html, pictures)
-    print(f"{out}: open it in a browser; its {len(pictures)} pictures: {folder}/*.png")
-
-
-def add_command(commands: Any) -> None:
-    """`fasttx report`, among the subparsers `commands`."""
-    parser = commands.add_parser(
-        "report", help="one HTML page of a finished run: curves, confusion, calibration, mistakes"
-    )
-    parser.add_argument("run", metavar="RUN", help="a run folder that train.py wrote")
-    parser.add_argument(
-        "--out", metavar="FILE", help="the page (default: RUN/report.html); PNGs go beside it"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.set_defaults(run_command=_report)

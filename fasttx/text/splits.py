@@ -1,4 +1,4 @@
-"""The splits of a run: labels as class numbers, and subsets as they are asked for."""
+"""The splits of a run, drawn from what a dataset holds."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fasttx.config import TrainConfig
 from fasttx.errors import DataError
-from fasttx.text import demo
+from fasttx.text import labels
 from fasttx.text.corpora import Source, read_corpus, resolve
 from fasttx.text.subsets import draw_first, draw_stratified
-from fasttx.text.tables import NUMBER, Label, Rows, some
 
 __all__ = [
-    "DataError", "Source", "Split", "TextDataset", "load", "load_for_evaluation", "load_texts",
-    "load_unlabelled", "resolve", "texts_fingerprint",
-]  # fmt: skip
-
-PLAIN_NAMES = {"neg": "negative", "pos": "positive"}
+    "Source",
+    "Split",
+    "TextDataset",
+    "load",
+    "load_for_evaluation",
+    "load_texts",
+    "load_unlabelled",
+    "resolve",
+    "texts_fingerprint",
+]
 
 # One stream of random numbers for each draw, so that none depends on the size of another.
 _TRAIN_STREAM, _TEST_STREAM, _HELD_OUT_STREAM, _VALIDATION_STREAM = range(4)
@@ -52,6 +57,18 @@ class TextDataset:
     notes: list[str]
     fingerprint: str
 
+    def describe(self) -> dict[str, Any]:
+        """What config.json and results.json say of the data."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {
+            "name": self.name,
+            "train_samples": len(self.train.texts),
+            "val_samples": len(self.validation.texts),
+            "test_samples": len(self.test.texts),
+            "label_counts": {k: s.label_counts(self.label_names) for k, s in splits.items()},
+            "fingerprint": self.fingerprint,
+        }
+
 
 # --- the ways in ----------------------------------------------------------------------------------
 
@@ -71,7 +88,8 @@ def load(config: TrainConfig) -> TextDataset:
             "train.parquet, .csv, .tsv or .jsonl, or a folder train with a folder for each label"
         )
     rows = {name: read() for name, read in corpus.splits.items()}
-    label_names, given = _labelled(rows, corpus.name)
+    label_names, numbers = labels.numbered(rows, corpus.name)
+    given = {name: Split(r.texts, numbers[name]) for name, r in rows.items()}
     notes = [*source.notes, *corpus.notes]
     notes += [note for r in rows.values() for note in r.notes if note not in notes]
 
@@ -110,9 +128,12 @@ def load(config: TrainConfig) -> TextDataset:
 
 
 def load_texts(
-    name: str, *, text_column: str | None = None, label_column: str | None = None,
+    name: str,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
     unlabelled: bool = True,
-) -> tuple[list[str], list[str]]:  # fmt: skip
+) -> tuple[list[str], list[str]]:
     """All texts one may pretrain on, train's and (`unlabelled`) those without labels, never
     validation's or test's; and notes on where they come from. `name` as `resolve` gives it.
     Raises DataError."""
@@ -174,7 +195,7 @@ def load_for_evaluation(
     if not found:
         raise DataError(f"{corpus.where} has no {split} split; it has {', '.join(corpus.splits)}")
     rows = corpus.splits[found[0]]()
-    return Split(rows.texts, _as_saved(rows, label_names))
+    return Split(rows.texts, labels.numbered_as_saved(rows, label_names))
 
 
 def texts_fingerprint(texts: Sequence[str]) -> str:
@@ -259,100 +280,3 @@ def _check_classes(
             f"answers {name!r} scores 100 % on it, so accuracy would mean nothing. {why}. "
             f"{remedy}, or pass --allow-single-class to go on all the same"
         )
-
-
-# --- labels ---------------------------------------------------------------------------------------
-
-
-def _numbered(labels: list[Label]) -> list[Label]:
-    """All of one type: integers if every label is, or is written as, one; else strings."""
-    kinds = {type(label) for label in labels}
-    if kinds == {str} and all(NUMBER.fullmatch(str(label)) for label in set(labels)):
-        return [int(str(label).partition(".")[0]) for label in labels]
-    return labels if len(kinds) == 1 else [str(label) for label in labels]
-
-
-def _plain(names: Sequence[str]) -> list[str]:
-    """IMDB's own short names, written out."""
-    return [PLAIN_NAMES[n] for n in names] if sorted(names) == ["neg", "pos"] else list(names)
-
-
-def _check_labelled(values: set[Label], where: str) -> None:
-    if values == {-1}:
-        raise DataError(
-            f"every label of {where} is -1, which stands for unlabelled; expected labelled rows"
-        )
-
-
-def _labelled(rows: dict[str, Rows], name: str) -> tuple[list[str], dict[str, Split]]:
-    """The names of the labels, which are those of train, and the splits in terms of them."""
-    joined = _numbered([label for r in rows.values() for label in r.labels])
-    labels, start = {}, 0
-    for split, r in rows.items():
-        labels[split] = joined[start : start + len(r.labels)]
-        _check_labelled(set(labels[split]), r.where)
-        start += len(r.labels)
-
-    train = rows["train"]
-    codes, label_names = _codes(labels["train"], train, name)
-    for split, r in rows.items():
-        if r.label_names and train.label_names and r.label_names != train.label_names:
-            raise DataError(
-                f"{r.where} names its labels {r.label_names}, {train.where} {train.label_names}; "
-                "expected the same names in the same order"
-            )
-        if unknown := sorted(set(labels[split]) - codes.keys()):
-            raise DataError(
-                f"{r.where} has labels that {train.where} has not: {some(unknown)}; that has "
-                f"{some(list(codes))}. Remove those rows, or train on every label"
-            )
-    return label_names, {
-        split: Split(r.texts, np.array([codes[v] for v in labels[split]], dtype=np.int64))
-        for split, r in rows.items()
-    }
-
-
-def _codes(labels: list[Label], train: Rows, name: str) -> tuple[dict[Label, int], list[str]]:
-    """Label as written -> class number, and the names of the classes."""
-    values = sorted(set(labels))  # all integers or all strings
-    names = train.label_names
-    if name == "imdb" and set(values) <= {0, 1}:
-        names = demo.LABEL_NAMES
-    if names and isinstance(values[0], int):
-        if outside := [v for v in values if v not in range(len(names))]:
-            raise DataError(
-                f"{train.where} has the label {some(outside)}, and names for 0 to "
-                f"{len(names) - 1} (-1 stands for unlabelled). Remove or relabel those rows"
-            )
-        return {number: number for number in range(len(names))}, _plain(names)
-    if len(values) == len(labels) >= 10:
-        raise DataError(
-            f"{train.where} has another label in every row ({some(values)}): that is no column "
-            "of labels; name the right one with --label-column"
-        )
-    return {v: i for i, v in enumerate(values)}, _plain([str(v) for v in values])
-
-
-def _as_saved(rows: Rows, label_names: Sequence[str]) -> np.ndarray:
-    """Labels as class numbers of a saved model: by name, else integers by number."""
-    number = {name: i for i, name in enumerate(label_names)}
-    numeric = any(NUMBER.fullmatch(name) for name in label_names)
-    own = _plain(rows.label_names or [])
-    by_name = bool(own) and set(own) <= number.keys()
-
-    def find(label: Label) -> int | None:
-        if isinstance(label, int) and by_name:
-            return number[own[label]] if 0 <= label < len(own) else None
-        if isinstance(label, str) or numeric:
-            return number.get(str(label), number.get(PLAIN_NAMES.get(str(label), "")))
-        return label if 0 <= label < len(number) else None
-
-    labels = _numbered(rows.labels)
-    _check_labelled(set(labels), rows.where)
-    codes = {label: find(label) for label in set(labels)}
-    if unknown := sorted(label for label, code in codes.items() if code is None):
-        raise DataError(
-            f"{rows.where} has labels that the model was not trained on: {some(unknown)}; it "
-            f"knows {some(list(label_names))}. Relabel or remove those rows"
-        )
-    return np.array([codes[label] for label in labels], dtype=np.int64)

@@ -12,55 +12,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from fasttx.config import PretrainConfig, TrainConfig
-from fasttx.errors import CheckpointError, ConfigError
+from fasttx.config import TrainConfig
+from fasttx.errors import CheckpointError
 from fasttx.files import atomic_write, write_json_atomic
 
-# What a run is of: train.py, `fasttx pretrain`, `fasttx baseline lstm`.
-CLASSIFICATION, PRETRAINING, LSTM_BASELINE = "classification", "pretraining", "the LSTM baseline"
+FORMAT = "fasttx-run-1"  # of config.json
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """`runs/<name>/`: where each file of a run is."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer.json"
-
-    @property
-    def best_model(self) -> Path:
-        return self.path / "best_model.pt"
-
-    @property
-    def last(self) -> Path:
-        return self.path / "last.ckpt"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def test_predictions(self) -> Path:
-        return self.path / "test_predictions.npz"
-
-    @property
-    def pseudo_labels(self) -> Path:
-        return self.path / "pseudo_labels.npz"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "train.log"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.tokenizer = path / "tokenizer.json"
+        self.best_model = path / "best_model.pt"
+        self.last = path / "last.ckpt"
+        self.metrics = path / "metrics.jsonl"
+        self.results = path / "results.json"
+        self.test_predictions = path / "test_predictions.npz"
+        self.pseudo_labels = path / "pseudo_labels.npz"
+        self.log = path / "train.log"
 
 
 @dataclass(frozen=True)
@@ -72,19 +44,14 @@ class RunConfig:
     device: str
     label_names: tuple[str, ...]
     dataset: dict[str, Any]
-    recipe: str | None = None
-
-    @property
-    def task(self) -> str:
-        if isinstance(self.train, PretrainConfig):
-            return PRETRAINING
-        return LSTM_BASELINE if self.recipe == "lstm" else CLASSIFICATION
+    recipe: str | None
+    task: str  # a name in `fasttx.tasks.TASKS`
 
     def save(self, path: Path) -> None:
         write_json_atomic(
             path,
             {
-                "format": "fasttx-run-1",
+                "format": FORMAT,
                 "task": self.task,
                 "recipe": self.recipe,
                 "attn_backend": self.attn_backend,
@@ -95,37 +62,6 @@ class RunConfig:
             },
         )
 
-    @classmethod
-    def load(cls, path: Path, *tasks: str) -> RunConfig:
-        """Raises CheckpointError, also for a run of none of these tasks, where some are named."""
-        values = read_json(path)
-        if values.get("format") != "fasttx-run-1":
-            raise CheckpointError(f"{path} is not the config.json of a fasttx run")
-        found = values.get("task", CLASSIFICATION)
-        if tasks and found not in tasks:
-            remedy = {
-                PRETRAINING: f"Train from it: python train.py --init-from {path.parent}; go on "
-                f"with it: fasttx pretrain --resume {path.parent}",
-                CLASSIFICATION: f"Go on with it: python train.py --resume {path.parent}",
-                LSTM_BASELINE: f"Go on with it: fasttx baseline lstm --resume {path.parent}",
-            }
-            why = remedy.get(found, "It is from another version")
-            raise CheckpointError(
-                f"{path.parent} is a run of {found}; expected {' or '.join(tasks)}. {why}"
-            )
-        kind = PretrainConfig if found == PRETRAINING else TrainConfig
-        try:
-            return cls(
-                kind.from_dict(values["train"]),
-                values["attn_backend"],
-                values["device"],
-                tuple(values["label_names"]),
-                values["dataset"],
-                values["recipe"],
-            )
-        except (KeyError, TypeError, ConfigError) as error:
-            raise CheckpointError(f"{path} is damaged or from another version: {error}") from error
-
 
 @dataclass
 class Progress:
@@ -135,7 +71,7 @@ class Progress:
     batch: int = 0  # batches of this epoch that are done
     micro_step: int = 0  # forward passes since the start of the run
     step: int = 0  # optimiser steps since the start of the run
-    # Of this epoch: sum of losses, correct answers, reviews; and the same at the last log line.
+    # Of this epoch: sum of losses, correct answers, samples; and the same at the last log line.
     totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     logged: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     epoch_seconds: float = 0.0  # training only, evaluation not counted

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,29 +53,18 @@ class Predictions:
         return right
 
     def save(self, path: Path) -> None:
-        """Written whole or not at all; `numpy.load` reads it."""
-        with atomic_write(path) as f:
-            np.savez_compressed(
-                f, logits=self.logits.astype(np.float32), labels=self.labels.astype(np.int64)
-            )
+        _save(path, logits=self.logits.astype(np.float32), labels=self.labels.astype(np.int64))
 
     @classmethod
     def load(cls, path: Path, classes: int) -> Predictions:
         """Raises CheckpointError for a file that is damaged, or no predictions of `classes`."""
-        try:
+        with _reading(path, "predictions", "Delete it: `fasttx report` makes it again"):
             with np.load(path, allow_pickle=False) as found:
                 logits, labels = found["logits"], found["labels"]
-            predictions = cls(logits, labels)
             if logits.ndim == 2 and logits.shape[1] != classes:
                 raise ValueError(f"its logits have {logits.shape[1]} classes, expected {classes}")
             classification_metrics(logits, labels)  # checks shapes, types and values
-        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError,
-                zipfile.BadZipFile) as error:  # fmt: skip
-            raise CheckpointError(
-                f"{path} holds no predictions, or is damaged or cut short ({error}). "
-                "Delete it: `fasttx report` makes it again"
-            ) from error
-        return predictions
+        return cls(logits, labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,18 +85,23 @@ class PseudoLabels:
         return hashlib.sha256(self.texts.encode() + rows).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Written whole or not at all; `numpy.load` reads it."""
-        with atomic_write(path) as f:
-            np.savez_compressed(
-                f, probabilities=self.probabilities.astype(np.float32),
-                label_names=np.array(self.label_names), texts=np.array(self.texts),
-                splits=np.array(self.splits),
-            )  # fmt: skip
+        _save(
+            path,
+            probabilities=self.probabilities.astype(np.float32),
+            label_names=np.array(self.label_names),
+            texts=np.array(self.texts),
+            splits=np.array(self.splits),
+        )
 
     @classmethod
     def load(cls, path: Path) -> PseudoLabels:
         """Raises CheckpointError for a file that is missing, damaged, or no probabilities."""
-        try:
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} does not exist. Make it: fasttx ensemble RUN ... --pseudo-labels --out "
+                f"{path.parent}"
+            )
+        with _reading(path, "pseudo-labels", "Make it again: fasttx ensemble --pseudo-labels"):
             with np.load(path, allow_pickle=False) as found:
                 rows = found["probabilities"]
                 names = tuple(str(name) for name in found["label_names"].tolist())
@@ -114,15 +110,22 @@ class PseudoLabels:
                 raise ValueError(f"{rows.dtype} of shape {rows.shape} for {len(names)} classes")
             if not (rows >= 0).all() or not np.allclose(rows.sum(1), 1, atol=1e-4):
                 raise ValueError("its rows are not probabilities")
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{path} does not exist. Make it: fasttx ensemble RUN ... --pseudo-labels --out "
-                f"{path.parent}"
-            ) from error
-        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError,
-                zipfile.BadZipFile) as error:  # fmt: skip
-            raise CheckpointError(
-                f"{path} holds no pseudo-labels, or is damaged or cut short ({error}). Make it "
-                "again: fasttx ensemble --pseudo-labels"
-            ) from error
         return cls(rows, names, texts, splits)
+
+
+def _save(path: Path, **arrays: np.ndarray) -> None:
+    """Written whole or not at all; `numpy.load` reads it."""
+    with atomic_write(path) as f:
+        np.savez_compressed(f, **arrays)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _reading(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Whatever bad bytes make numpy raise, as one CheckpointError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError,
+            zipfile.BadZipFile) as error:  # fmt: skip
+        raise CheckpointError(
+            f"{path} holds no {what}, or is damaged or cut short ({error}). {remedy}"
+        ) from error

@@ -13,113 +13,47 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fasttx import device as devices
-from fasttx.config import TrainConfig
 from fasttx.errors import CheckpointError, DivergedError
-from fasttx.load import mean_of_windows, predict_logits
 from fasttx.ops.dropout import forward_seed
-from fasttx.text.packing import PackedBatch, RaggedIds, pack, shuffled_batches
-from fasttx.text.tokenizer import UNK_ID
-from fasttx.training.checkpoint import (
-    Progress,
-    RunConfig,
-    RunFolder,
-    load_state,
-    load_weights,
-    save_state,
-)
-from fasttx.training.distributed import Processes
-from fasttx.training.metrics import Metrics, classification_metrics
+from fasttx.text.packing import shuffled_batches
+from fasttx.training.checkpoint import Progress, load_state, load_weights, save_state
+from fasttx.training.optimizer import learning_rate, make_optimizer
+from fasttx.training.task import Run
 
 log = logging.getLogger("fasttx")
 
-WORD_DROPOUT_STREAM = 1  # keeps these draws apart from the shuffle's, which have the same seed
+BATCH_STREAM = 1  # keeps the draws of a batch apart from the shuffle's, which have the same seed
 
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the run has been saved and can be resumed."""
 
 
-@dataclass(frozen=True)
-class Examples:
-    """One split, ready for the model: token ids, of at most max_len tokens, and labels (n,) int64;
-    to train on, also (n, C) float32, the probability of each class.
-
-    owner (sequences,) int64: which text each sequence is a window of; None: one sequence a text.
-    """
-
-    ids: RaggedIds
-    labels: np.ndarray
-    owner: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Rate of optimiser step 0 ... steps - 1: linear warm-up, then constant, or cosine to zero."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay falls on matrices, not on biases and norms. Fused: one pass over the weights,
-    where that is safe beside a gradient scaler."""
-    device = next(model.parameters()).device
-    fused = config.precision != "fp16" or devices.fused_steps_heed_overflow(device)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.dim() > 1]},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    decay = config.weight_decay
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, config.lr, weight_decay=decay, fused=fused)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, config.lr, betas=(0.9, config.beta2), weight_decay=decay, fused=fused)
-
-
-def drop_words(ids: RaggedIds, p: float, stream: tuple[int, ...]) -> RaggedIds:
-    """`ids` with a share p of the words replaced by <UNK>; a pure function of `stream`."""
-    if p == 0.0:
-        return ids
-    lost = np.random.default_rng(stream).random(len(ids.values)) < p
-    return replace(ids, values=np.where(lost, np.int32(UNK_ID), ids.values))
-
-
 class Trainer:
-    """One run: `fit` trains, `evaluate` measures. The model is already on its device."""
+    """The training of one run. The model is already on its device."""
 
-    def __init__(
-        self, model: nn.Module, run: RunConfig, folder: RunFolder,
-        device: torch.device, processes: Processes,
-    ) -> None:  # fmt: skip
-        self.model, self.run, self.folder = model, run, folder
-        self.config, self.device, self.processes = run.train, device, processes
+    def __init__(self, run: Run, model: nn.Module) -> None:
+        self.run, self.model, self.config = run, model, run.config.train
+        self.folder, self.device, self.processes = run.folder, run.device, run.processes
         self.optimizer = make_optimizer(model, self.config)
         enabled = self.config.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(device.type, enabled=enabled)
-        module: nn.Module = processes.wrap(model, device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
+        module: nn.Module = self.processes.wrap(model, self.device)
         self.module: Any = torch.compile(module, dynamic=True) if self.config.compile else module
         self.progress = Progress()
-        self._upload = devices.Uploads(device)
-        self._totals = torch.zeros(3, dtype=self._sum_dtype(), device=device)
+        self._upload = devices.Uploads(self.device)
+        # MPS has no float64.
+        sums = torch.float32 if self.device.type == "mps" else torch.float64
+        self._totals = torch.zeros(3, dtype=sums, device=self.device)
         self._stop = False
         self._saved_at = time.perf_counter()
-
-    def _sum_dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -139,13 +73,10 @@ class Trainer:
             self._totals += torch.tensor(self.progress.totals, dtype=self._totals.dtype)
         return True
 
-    def restore_best(self) -> dict[str, Any]:
-        """Load the weights of the best epoch; its row of the history."""
-        best = self.progress.best
-        assert best is not None, "restore_best needs a finished epoch"
+    def restore_best(self) -> None:
+        """Load the weights of the best epoch."""
         self.processes.barrier()  # the main process may still be writing the file
         load_weights(self.model, self.folder.best_model)
-        return best
 
     def _save(self) -> None:
         """Collective: the totals of all processes are read, the main one writes."""
@@ -174,36 +105,34 @@ class Trainer:
     # --- the loop ---------------------------------------------------------------------------------
 
     def fit(
-        self, train: Examples, validation: Examples,
-        on_batch: Callable[[Progress, int], None] = lambda progress, reviews: None,
+        self,
+        on_batch: Callable[[Progress, int], None] = lambda progress, samples: None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
-    ) -> Progress:  # fmt: skip
+    ) -> Progress:
         """Train to the end. Raises Interrupted (saved, resumable) and DivergedError."""
         self._trim_metrics()
         with self._signals():
             while self.progress.epoch < self.config.epochs:
-                self._train_epoch(train, on_batch)
-                on_epoch(self._end_epoch(validation))
+                self._train_epoch(on_batch)
+                on_epoch(self._end_epoch())
         return self.progress
 
-    def _groups(self, count: int) -> list[list[tuple[int, np.ndarray]]]:
+    def _groups(self) -> list[list[tuple[int, np.ndarray]]]:
         """The batches of this epoch, numbered, in groups of one optimiser step."""
-        c = self.config
-        batches = list(
-            enumerate(shuffled_batches(count, c.batch_size, seed=c.seed, epoch=self.progress.epoch))
-        )
+        c, count, epoch = self.config, len(self.run.splits.train), self.progress.epoch
+        batches = list(enumerate(shuffled_batches(count, c.batch_size, seed=c.seed, epoch=epoch)))
         n = c.grad_accumulation
         return [batches[i : i + n] for i in range(0, len(batches), n)]
 
-    def _train_epoch(self, train: Examples, on_batch: Callable[[Progress, int], None]) -> None:
+    def _train_epoch(self, on_batch: Callable[[Progress, int], None]) -> None:
         progress, config = self.progress, self.config
-        groups = self._groups(len(train))
+        groups = self._groups()
         self.module.train()
         before, start = progress.epoch_seconds, time.perf_counter()
         for group in groups[-(-progress.batch // config.grad_accumulation) :]:
             for values in self.optimizer.param_groups:
                 values["lr"] = learning_rate(config, progress.step, len(groups) * config.epochs)
-            self._step(group, train)
+            self._step(group)
             progress.epoch_seconds = before + time.perf_counter() - start
             on_batch(progress, sum(len(indices) for _, indices in group))
             if progress.step % config.log_every == 0:
@@ -216,15 +145,15 @@ class Trainer:
         devices.synchronize(self.device)
         progress.epoch_seconds = before + time.perf_counter() - start
 
-    def _step(self, group: list[tuple[int, np.ndarray]], train: Examples) -> None:
+    def _step(self, group: list[tuple[int, np.ndarray]]) -> None:
         """One optimiser step on a group of batches, each shared out among the processes."""
-        reviews = sum(len(indices) for _, indices in group)
+        samples = sum(len(indices) for _, indices in group)
         self.optimizer.zero_grad(set_to_none=True)
         for k, (number, indices) in enumerate(group):
             last = k == len(group) - 1
             several = self.processes.world > 1 and not last
             with self.module.no_sync() if several else nullcontext():
-                self._micro_step(number, indices, train, reviews)
+                self._micro_step(number, indices, samples)
         if self.config.grad_clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
@@ -232,51 +161,35 @@ class Trainer:
         self.scaler.update()
         self.progress.step += 1
         self.progress.batch = group[-1][0] + 1
-        self.progress.samples += reviews
+        self.progress.samples += samples
 
-    def _micro_step(self, number: int, indices: np.ndarray, train: Examples, reviews: int) -> None:
-        config, progress, processes = self.config, self.progress, self.processes
-        stream = (config.seed, WORD_DROPOUT_STREAM, progress.epoch, number, processes.rank)
-        mine = processes.share(indices)
-        batch = self._upload(self.batch(train, mine, stream))
+    def _micro_step(self, number: int, indices: np.ndarray, samples: int) -> None:
+        """Forward and backward on one batch of a step on `samples` examples."""
+        run, config, progress, rank = self.run, self.config, self.progress, self.processes.rank
+        mine = self.processes.share(indices)
+        stream = (config.seed, BATCH_STREAM, progress.epoch, number, rank)
+        batch = self._upload(run.task.batch(run, run.splits.train, mine, stream))
         labels = batch.labels
         assert labels is not None
-        seed = forward_seed(config.seed, progress.micro_step, processes.rank)
+        seed = forward_seed(config.seed, progress.micro_step, rank)
         torch.manual_seed(seed)  # for backends that draw from torch's generator
-        loss, correct = self.loss(self.module, batch, seed=self._upload(torch.tensor(seed)))
+        on_device = self._upload(torch.tensor(seed))
+        loss, correct = run.task.loss(run, self.module, batch, on_device)
         share = len(mine) / max(1, len(labels))  # several labels a text: their mean
         loss = loss * share
-        # DDP averages the gradients of its processes; the sum over the group's reviews is wanted.
-        self.scaler.scale(loss * (processes.world / reviews)).backward()
+        # DDP averages the gradients of its processes; the mean over the step's examples is wanted.
+        self.scaler.scale(loss * (self.processes.world / samples)).backward()
         progress.micro_step += 1
         with torch.no_grad():
             correct = correct * share
             count = torch.full_like(correct, len(mine))
             self._totals += torch.stack([loss.detach(), correct, count])
 
-    def loss(self, model: Any, batch: PackedBatch, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a batch on the device: the sum of its losses, and how many labels are right."""
-        assert batch.labels is not None
-        with devices.autocast(self.device, self.config.precision):
-            logits = model(**batch.model_inputs(), **inputs).float()
-        smoothing = self.config.label_smoothing
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing, reduction="sum")
-        likeliest = batch.labels if batch.labels.dim() == 1 else batch.labels.argmax(-1)
-        return loss, (logits.argmax(-1) == likeliest).sum()
-
-    def batch(
-        self, examples: Examples, indices: np.ndarray, stream: tuple[int, ...]
-    ) -> PackedBatch:
-        """What the model is trained on; its random numbers are a pure function of `stream`."""
-        ids = drop_words(examples.ids.select(indices), self.config.word_dropout, stream)
-        multiple = devices.token_multiple(self.device, self.config.precision)
-        return pack(ids, examples.labels[indices], token_multiple=multiple)
-
-    def _end_epoch(self, validation: Examples) -> dict[str, Any]:
-        progress = self.progress
+    def _end_epoch(self) -> dict[str, Any]:
+        run, progress = self.run, self.progress
         self._read_totals()
         loss, correct, count = progress.totals
-        val_loss, val_accuracy = self.measure(validation)
+        val_loss, val_accuracy = run.task.measure(run, self.model, run.splits.validation)
         row = {
             "kind": "epoch",
             "epoch": progress.epoch + 1,
@@ -298,26 +211,6 @@ class Trainer:
         progress.logged = [0.0, 0.0, 0.0]
         self._save()
         return row
-
-    def measure(self, examples: Examples) -> tuple[float, float]:
-        """Loss and accuracy, by which the best epoch is chosen."""
-        metrics = self.evaluate(examples)
-        return metrics.loss, metrics.accuracy
-
-    def predict(self, examples: Examples) -> np.ndarray:
-        """Logits (n, num_classes) float32 in every process: each predicts a share of the texts."""
-        mine = self.processes.share(np.arange(len(examples.ids)))
-        logits = torch.zeros(len(examples.ids), self.config.model.num_classes)
-        if len(mine):
-            logits[torch.from_numpy(mine)] = predict_logits(
-                self.model, examples.ids.select(mine), self.device,
-                batch_size=self.config.batch_size, precision=self.config.precision,
-            )  # fmt: skip
-        return mean_of_windows(self.processes.sum(logits), examples.owner).numpy()
-
-    def evaluate(self, examples: Examples) -> Metrics:
-        """Exact over all processes: no review counts twice."""
-        return classification_metrics(self.predict(examples), examples.labels)
 
     # --- metrics.jsonl ----------------------------------------------------------------------------
 

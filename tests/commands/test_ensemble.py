@@ -16,12 +16,16 @@ import torch
 import fasttx
 import train
 from fasttx.commands import cli
-from fasttx.commands.ensemble import Pool
 from fasttx.errors import CheckpointError
+from fasttx.models.pool import Pool
+from fasttx.tasks import TASKS, read_config
 from fasttx.text import splits as data
-from fasttx.training.checkpoint import load_state
+from fasttx.text.packing import pack
+from fasttx.training.checkpoint import RunFolder, load_state
+from fasttx.training.distributed import Processes
 from fasttx.training.metrics import log_softmax
 from fasttx.training.predictions import Predictions, PseudoLabels
+from fasttx.training.task import Examples, Run, Splits
 from fasttx.training.trainer import Trainer
 
 SMALL = (
@@ -71,68 +75,6 @@ def teacher(members: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 
 def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-
-
-# --- the weights ----------------------------------------------------------------------------------
-
-
-def some_logits(members: int, texts: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Members of different worth and scale, and a class that is rarer than they believe."""
-    rng = np.random.default_rng(0)
-    labels = rng.choice(classes, texts, p=[0.1, *[0.9 / (classes - 1)] * (classes - 1)])
-    truth = np.eye(classes)[labels]
-    scales = [1.0, 40.0, 0.02][:members]
-    worth = [1.0, 0.5, 2.0][:members]
-    return np.stack(
-        [s * (w * truth + rng.normal(size=truth.shape)) for s, w in zip(scales, worth, strict=True)]
-    ), labels
-
-
-def test_weights_are_those_of_scikit_learns_logistic_regression() -> None:
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    logits, labels = some_logits(3, 400, 2)
-    pool = Pool.fit(logits, labels)
-    odds = logits[:, :, 1] - logits[:, :, 0]
-    deviation = np.sqrt((odds**2).mean(1)) / 2
-    reference = linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000)
-    reference.fit((odds / deviation[:, None]).T, labels)
-    np.testing.assert_allclose(pool.weights * deviation, reference.coef_[0], rtol=1e-5)
-    bias = pool.bias[1] - pool.bias[0]
-    np.testing.assert_allclose(bias, reference.intercept_[0], rtol=1e-5)
-
-
-def test_weights_are_the_best_ones_for_three_classes() -> None:
-    logits, labels = some_logits(3, 300, 3)
-    pool = Pool.fit(logits, labels)
-    centred = logits - logits.mean(2, keepdims=True)
-    deviation = np.sqrt((centred**2).mean((1, 2)))
-
-    def cost(weights: np.ndarray, bias: np.ndarray) -> float:
-        pooled = log_softmax(np.einsum("m,mnc->nc", weights, logits) + bias)
-        likelihood = pooled[np.arange(len(labels)), labels].sum()
-        return float(-likelihood + 0.5 * ((weights * deviation) ** 2).sum())
-
-    best = cost(pool.weights, pool.bias)
-    for k in range(3):
-        for step in (-0.01, 0.01):
-            weights, bias = pool.weights.copy(), pool.bias.copy()
-            weights[k] += step / deviation[k]
-            bias[k] += step
-            assert cost(weights, pool.bias) > best
-            assert cost(pool.weights, bias) > best
-    np.testing.assert_allclose(
-        log_softmax(pool(logits)),
-        log_softmax(np.einsum("m,mnc->nc", pool.weights, logits) + pool.bias), atol=1e-9,
-    )  # fmt: skip
-
-
-def test_weights_stay_finite_where_all_texts_are_told_apart() -> None:
-    labels = np.arange(40) % 2
-    logits = 5.0 * np.eye(2)[labels][None]
-    pool = Pool.fit(np.concatenate([logits, np.zeros_like(logits)]), labels)
-    assert np.isfinite(pool.weights).all()
-    assert pool.weights[1] == 0  # who says nothing weighs nothing
-    assert (pool(np.concatenate([logits, logits])).argmax(1) == labels).all()
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -264,9 +206,9 @@ def test_probabilities_reach_the_loss(
     seen = []
     fit = Trainer.fit
 
-    def spy(self, train, *arguments):
-        seen.append(train)
-        return fit(self, train, *arguments)
+    def spy(self, *arguments):
+        seen.append(self.run.splits.train)
+        return fit(self, *arguments)
 
     monkeypatch.setattr(Trainer, "fit", spy)
     arguments = [*SMALL, "--epochs", "1", "--dataset", str(reviews)]
@@ -283,18 +225,15 @@ def test_probabilities_reach_the_loss(
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_certain_probabilities_are_labels(members: tuple[Path, Path], smoothing: float) -> None:
-    from fasttx.text.packing import pack
-    from fasttx.training.checkpoint import RunConfig, RunFolder
-    from fasttx.training.distributed import Processes
-
-    folder = RunFolder(members[0])
-    config = RunConfig.load(folder.config)
-    config = replace(config, train=replace(config.train, label_smoothing=smoothing))
+    folder, task, here = RunFolder(members[0]), TASKS["classification"].load(), torch.device("cpu")
+    saved = read_config(folder.config)
+    saved = replace(saved, train=replace(saved.train, label_smoothing=smoothing))
     classifier = fasttx.load(members[0], device="cpu")
-    trainer = Trainer(classifier.model, config, folder, torch.device("cpu"), Processes())
     ids, labels = classifier.encode(["great w1", "awful w2 w3", "w4"]), np.array([1, 0, 0])
-    hard = trainer.loss(classifier.model, pack(ids, labels))
-    certain = trainer.loss(classifier.model, pack(ids, np.eye(2)[labels]))
+    examples = Examples(ids, labels)
+    run = Run(task, saved, folder, here, Processes(), Splits(examples, examples))
+    hard = task.loss(run, classifier.model, pack(ids, labels))
+    certain = task.loss(run, classifier.model, pack(ids, np.eye(2)[labels]))
     torch.testing.assert_close(certain, hard)
 
 

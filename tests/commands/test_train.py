@@ -10,12 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import fasttx
+from fasttx.commands.train import options
+from fasttx.config import RECIPES
+from fasttx.errors import CheckpointError, FasttxError
 from fasttx.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -335,16 +339,12 @@ def test_damaged_runs_are_named(run: Path, tmp_path: Path, name: str, how: str) 
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     damage(copy, name, how)
-    from fasttx.commands.cli import USER_ERRORS
-
-    with pytest.raises(USER_ERRORS, match=name):
+    with pytest.raises(FasttxError, match=name):
         fasttx.load(copy)
 
 
 def test_mismatched_model(run: Path, tmp_path: Path) -> None:
     import shutil
-
-    from fasttx.training.checkpoint import CheckpointError
 
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -404,20 +404,21 @@ def test_torch_compile_flag(reviews: Path, tmp_path: Path) -> None:
         (["--recipe", "seed"], "imdb", "seed"),
         (["--recipe", "seed"], "demo", "demo"),  # auto had to fall back, and so does its recipe
         (["--recipe", "seed", "--dataset", "demo"], "demo", "seed"),  # asked for
+        (["--dataset", "demo"], "demo", "demo"),
+        (["--init-from", "runs/words"], "imdb", "finetune"),
+        (["--init-from", "runs/words"], "demo", "demo"),
+        (["--init-from", "runs/words", "--recipe", "seed"], "imdb", "seed"),
     ],
 )
-def test_the_recipe_fits_the_dataset(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], source: str, recipe: str
-) -> None:
-    """As train.py decides it, up to the first file."""
-    sys.path.insert(0, str(ROOT))
+def test_the_recipe_fits_the_dataset(arguments: list[str], source: str, recipe: str) -> None:
+    assert options(arguments).recipe_for(source) == recipe
+
+
+def test_train_py_takes_the_recipe_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     import train as script
 
     seen = []
-    monkeypatch.setattr(script.data, "resolve", lambda name: script.data.Source(source))
-    monkeypatch.setattr(script.runs, "new_folder", lambda out, name, processes: seen.append(name))
-    monkeypatch.setattr(script.runs, "create", lambda *args: None)
-    dataset = type("Dataset", (), {"notes": []})()
-    monkeypatch.setattr(script.data, "load", lambda config: dataset)
-    script.open_run(script.cli.train_options(arguments), script.distributed.Processes())
-    assert seen == [recipe]
+    monkeypatch.setattr(script.data, "resolve", lambda name: script.data.Source("demo"))
+    monkeypatch.setattr(script.runs, "create", lambda task, config, *more: seen.append(config))
+    assert script.main(["--recipe", "seed", "--epochs", "9"]) == 0
+    assert seen == [replace(RECIPES["demo"], epochs=9)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import logging
 import random
 import shutil
 import sys
@@ -26,6 +25,7 @@ from fasttx.models.classifier import TransformerClassifier
 from fasttx.reporting import attributions, explain, findings, html_report, plots
 from fasttx.reporting.escaping import escaped, printable
 from fasttx.reporting.finished import open_run
+from fasttx.tasks import TASKS
 from fasttx.text import splits as data
 from fasttx.text.packing import pack
 from fasttx.text.tokenizer import UNK_ID
@@ -34,7 +34,7 @@ from fasttx.training.checkpoint import RunFolder
 from fasttx.training.distributed import Processes
 from fasttx.training.metrics import classification_metrics
 from fasttx.training.predictions import Predictions
-from fasttx.training.progress import time_to_accuracy
+from fasttx.training.results import time_to_accuracy
 
 # A script, a stylesheet's end, matplotlib's mathematics, a terminal's escape, right to left.
 LABELS = ("<script>bad</script>", "$x_{$ ok & \x1b[31m", "good\u202e")
@@ -68,18 +68,8 @@ def write_dataset(folder: Path, labels: tuple[str, ...]) -> Path:
 
 def train_run(folder: Path, settings: TrainConfig) -> Path:
     """A run as train.py makes it, in this process."""
-    import train
-
-    torch.manual_seed(0)
-    run = runs.create(settings, "tiny", RunFolder(folder), data.load(settings), Processes())
-    log = logging.getLogger("fasttx")
-    before = list(log.handlers)
-    try:
-        assert train.train(run, Processes()) == 0
-    finally:
-        for handler in set(log.handlers) - set(before):
-            log.removeHandler(handler)
-            handler.close()
+    task, source = TASKS["classification"].load(), data.resolve(settings.dataset)
+    runs.train(runs.create(task, settings, source, "tiny", folder, Processes()))
     return folder
 
 
@@ -305,8 +295,9 @@ def test_throughput_of_each_interval() -> None:
 
 def slow_integrated_gradients(model, ids: np.ndarray, target: int, rival: int, points: int):
     """Midpoints, one at a time, in float64, with the model's layers called one by one."""
-    from fasttx.models.classifier import mean_pool
     from fasttx.ops.rows import layer_norm
+
+    from fasttx.models.classifier import mean_pool
 
     n = len(ids)
     words = model.embedding[torch.from_numpy(ids)].detach()

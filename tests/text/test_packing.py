@@ -288,3 +288,13 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert first not in others
     assert len({tuple(o) for o in others}) == 4
     assert first != list(range(50))
+
+
+def test_windows_hold_every_word_once() -> None:
+    ids = RaggedIds.from_lists([list(range(n)) for n in (5, 0, 6, 7, 12, 13)])
+    pieces, owner = ids.windows(6)
+    assert owner.tolist() == [0, 1, 2, 3, 3, 4, 4, 5, 5, 5]
+    assert pieces.lengths.tolist() == [5, 0, 6, 3, 4, 6, 6, 4, 4, 5]
+    assert np.array_equal(pieces.values, ids.values)
+    assert pieces[3].tolist() == [0, 1, 2]
+    assert pieces[4].tolist() == [3, 4, 5, 6]

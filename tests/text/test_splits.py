@@ -914,3 +914,56 @@ def test_real_reviews_are_sorted_by_label(imdb: Path) -> None:
     found = load_path(imdb, **settings)
     assert found.train.label_counts(found.label_names) == {"negative": 2500, "positive": 2500}
     assert found.test.label_counts(found.label_names) == {"negative": 500, "positive": 500}
+
+
+# --- texts alone ----------------------------------------------------------------------------------
+
+
+def test_texts_are_those_of_train_and_the_unlabelled_ones(tmp_path: Path) -> None:
+    def rows(words: list[str], **more) -> str:
+        return "\n".join(json.dumps({"text": w, **more}) for w in words)
+
+    (tmp_path / "train.jsonl").write_text(rows(["a", "b"], label=1))
+    (tmp_path / "test.jsonl").write_text(rows(["secret"], label=1))
+    (tmp_path / "validation.jsonl").write_text(rows(["also secret"], label=0))
+    (tmp_path / "unsupervised.jsonl").write_text(rows(["c"]))  # has no column of labels
+    (tmp_path / "unlabeled-00000-of-00001.jsonl").write_text(rows(["d"], label=-1))
+    texts, notes = data.load_texts(str(tmp_path))
+    assert sorted(texts) == ["a", "b", "c", "d"]
+    assert any("2 texts" in note and "train" in note for note in notes)
+    assert any("1 texts" in note and "unsupervised.jsonl" in note for note in notes)
+    assert data.load_texts(str(tmp_path), unlabelled=False)[0] == ["a", "b"]
+
+
+def test_texts_of_the_original_archive(tmp_path: Path) -> None:
+    for name, text in (("pos/0_9", "good"), ("neg/0_1", "bad"), ("unsup/0_0", "either")):
+        path = tmp_path / "train" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    texts, _ = data.load_texts(str(tmp_path))
+    assert sorted(texts) == ["bad", "either", "good"]
+
+
+def test_unlabelled_texts_alone(tmp_path: Path) -> None:
+    """They are enough to pretrain on, and not to train on."""
+    (tmp_path / "unsupervised.csv").write_text("text\na\nb\n")
+    texts, notes = data.load_texts(str(tmp_path))
+    assert texts == ["a", "b"]
+    assert len(notes) == 1
+    with pytest.raises(DataError, match="no train split.*leave out --no-unlabelled"):
+        data.load_texts(str(tmp_path), unlabelled=False)
+    with pytest.raises(DataError, match="has no train split"):
+        data.load(TrainConfig(dataset=str(tmp_path)))
+
+
+def test_the_column_of_labels_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,a,b\nfine,1,2\n")
+    with pytest.raises(DataError, match="--label-column"):
+        data.load_texts(str(tmp_path))
+    assert data.load_texts(str(tmp_path), label_column="a")[0] == ["fine"]
+
+
+def test_no_column_of_texts_is_named(tmp_path: Path) -> None:
+    (tmp_path / "unsupervised.jsonl").write_text(json.dumps({"foo": "a", "bar": "b"}))
+    with pytest.raises(DataError, match=r"'foo', 'bar'.*--text-column"):
+        data.load_texts(str(tmp_path))

@@ -15,20 +15,17 @@ import torch.nn.functional as F
 from fasttx.config import ModelConfig, TrainConfig
 from fasttx.device import Uploads
 from fasttx.errors import CheckpointError, DivergedError
-from fasttx.load import predict_logits
 from fasttx.models.classifier import TransformerClassifier
+from fasttx.tasks import TASKS
 from fasttx.text.packing import RaggedIds, pack, shuffled_batches
-from fasttx.training import progress as report
+from fasttx.text.reading import drop_words
+from fasttx.training import inference
 from fasttx.training.checkpoint import Progress, RunConfig, RunFolder, load_state
 from fasttx.training.distributed import Processes
-from fasttx.training.trainer import (
-    Examples,
-    Interrupted,
-    Trainer,
-    drop_words,
-    learning_rate,
-    make_optimizer,
-)
+from fasttx.training.optimizer import learning_rate, make_optimizer
+from fasttx.training.progress import ProgressDisplay
+from fasttx.training.task import Examples, Run, Splits
+from fasttx.training.trainer import Interrupted, Trainer
 
 MODEL = ModelConfig(
     vocab_size=100, d_model=32, num_heads=4, num_layers=2, d_ff=64, max_len=40, dropout=0.1
@@ -46,15 +43,16 @@ def examples() -> Examples:
     return Examples(ids, labels)
 
 
-def make_trainer(folder: Path, backend: str = "sdpa", **settings) -> Trainer:
+def make_trainer(folder: Path, examples: Examples, backend: str = "sdpa", **settings) -> Trainer:
+    """Of a classifier that is measured on what it is trained on."""
     model = settings.pop("model", MODEL)
     config = TrainConfig(**{"epochs": 2, "lr": 1e-3, "log_every": 2, "model": model} | settings)
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    built = TransformerClassifier.from_config(model)
-    built.config = model
-    run = RunConfig(config, backend, "cpu", ("a", "b"), {})
-    return Trainer(built, run, RunFolder(folder), torch.device("cpu"), Processes())
+    task, splits = TASKS["classification"].load(), Splits(examples, examples)
+    saved = RunConfig(config, backend, "cpu", ("a", "b"), {}, None, task.name)
+    run = Run(task, saved, RunFolder(folder), torch.device("cpu"), Processes(), splits)
+    return Trainer(run, task.model(model))
 
 
 def lines(folder: Path) -> list[dict]:
@@ -100,8 +98,8 @@ def test_one_epoch_equals_a_plain_loop(tmp_path: Path, examples: Examples) -> No
     """Accumulation, label smoothing and clipping against torch written out by hand."""
     model = ModelConfig(**{**vars(MODEL), "dropout": 0.0})
     trainer = make_trainer(
-        tmp_path, model=model, epochs=1, batch_size=16, grad_accumulation=2, grad_clip=0.5,
-        label_smoothing=0.1, optimizer="sgd", lr=0.1,
+        tmp_path, examples, model=model, epochs=1, batch_size=16, grad_accumulation=2,
+        grad_clip=0.5, label_smoothing=0.1, optimizer="sgd", lr=0.1,
     )  # fmt: skip
     torch.manual_seed(0)
     plain = TransformerClassifier.from_config(model)
@@ -114,7 +112,7 @@ def test_one_epoch_equals_a_plain_loop(tmp_path: Path, examples: Examples) -> No
         F.cross_entropy(plain(**batch.model_inputs()), batch.labels, label_smoothing=0.1).backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
-    trainer.fit(examples, examples)
+    trainer.fit()
     for (name, mine), theirs in zip(
         trainer.model.named_parameters(), plain.parameters(), strict=True
     ):
@@ -134,22 +132,24 @@ def test_resume_is_bit_identical(
         "grad_clip": 1.0,
         "schedule": "cosine",
     }
-    whole = make_trainer(tmp_path / "whole", backend, **settings)
-    whole.fit(examples, examples)
+    whole = make_trainer(tmp_path / "whole", examples, backend, **settings)
+    whole.fit()
 
     class Killed(Exception):
         pass
 
-    def die(progress: Progress, reviews: int) -> None:
+    def die(progress: Progress, samples: int) -> None:
         if progress.step == stop_at:
             raise Killed
 
-    broken = make_trainer(tmp_path / "broken", backend, checkpoint_seconds=0.0, **settings)
+    broken = make_trainer(
+        tmp_path / "broken", examples, backend, checkpoint_seconds=0.0, **settings
+    )
     with pytest.raises(Killed):
-        broken.fit(examples, examples, die)
-    resumed = make_trainer(tmp_path / "broken", backend, **settings)
+        broken.fit(die)
+    resumed = make_trainer(tmp_path / "broken", examples, backend, **settings)
     assert resumed.restore() == (stop_at > 1)
-    resumed.fit(examples, examples)
+    resumed.fit()
 
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
@@ -162,35 +162,35 @@ def test_interrupt_saves_and_resumes(tmp_path: Path, examples: Examples) -> None
     import os
     import signal
 
-    trainer = make_trainer(tmp_path, checkpoint_seconds=1e9)
+    trainer = make_trainer(tmp_path, examples, checkpoint_seconds=1e9)
     before = signal.getsignal(signal.SIGTERM)
 
-    def interrupt(progress: Progress, reviews: int) -> None:
+    def interrupt(progress: Progress, samples: int) -> None:
         if progress.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        trainer.fit(examples, examples, interrupt)
+        trainer.fit(interrupt)
     assert signal.getsignal(signal.SIGTERM) is before
-    again = make_trainer(tmp_path)
+    again = make_trainer(tmp_path, examples)
     assert again.restore() and again.progress.step in (3, 4)
 
 
 def test_divergence_is_an_error_and_keeps_the_last_sound_state(
     tmp_path: Path, examples: Examples
 ) -> None:
-    trainer = make_trainer(tmp_path, epochs=1)
-    trainer.fit(examples, examples)
+    trainer = make_trainer(tmp_path, examples, epochs=1)
+    trainer.fit()
     sound = trainer.folder.last.read_bytes()
     torch.nn.init.constant_(trainer.model.norm.weight, float("nan"))
     trainer.progress.epoch = 0
     with pytest.raises(DivergedError, match="lower --lr"):
-        trainer.fit(examples, examples)
+        trainer.fit()
     assert trainer.folder.last.read_bytes() == sound
 
 
 def test_restore_refuses_a_foreign_checkpoint(tmp_path: Path, examples: Examples) -> None:
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, examples)
     torch.save({"model": {}}, trainer.folder.last)
     with pytest.raises(CheckpointError, match=r"last\.ckpt"):
         trainer.restore()
@@ -201,27 +201,27 @@ def test_restore_refuses_a_foreign_checkpoint(tmp_path: Path, examples: Examples
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_trains(tmp_path: Path, examples: Examples, precision: str) -> None:
-    trainer = make_trainer(tmp_path, epochs=1, precision=precision)
+    trainer = make_trainer(tmp_path, examples, epochs=1, precision=precision)
     start = trainer.model.embedding.detach().clone()
-    progress = trainer.fit(examples, examples)
+    progress = trainer.fit()
     assert math.isfinite(progress.history[0]["train_loss"])
     assert not torch.equal(start, trainer.model.embedding)
     assert trainer.model.embedding.dtype == torch.float32
-    assert make_trainer(tmp_path, epochs=1, precision=precision).restore()
+    assert make_trainer(tmp_path, examples, epochs=1, precision=precision).restore()
 
 
 def test_evaluation_order_and_accuracy(examples: Examples) -> None:
     """Batches are sorted by length inside; what comes out is in the order of what went in."""
     model = TransformerClassifier.from_config(MODEL).eval()
-    logits = predict_logits(model, examples.ids, torch.device("cpu"), batch_size=7)
+    logits = inference.predict_logits(model, examples.ids, torch.device("cpu"), batch_size=7)
     for i in (0, 17, 149):
         batch = pack(examples.ids.select(np.array([i])))
         torch.testing.assert_close(logits[i : i + 1], model(**batch.model_inputs()).detach())
 
 
 def test_it_learns(tmp_path: Path, examples: Examples) -> None:
-    trainer = make_trainer(tmp_path, epochs=30, lr=3e-3)
-    history = trainer.fit(examples, examples).history
+    trainer = make_trainer(tmp_path, examples, epochs=30, lr=3e-3)
+    history = trainer.fit().history
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
     assert trainer.progress.best["val_accuracy"] > 0.95
 
@@ -232,15 +232,15 @@ def test_it_learns(tmp_path: Path, examples: Examples) -> None:
 def test_rounding_batches_up_changes_no_result(tmp_path, examples, monkeypatch):
     """Masks count from a text's own beginning and its own row, so a dead tail moves none."""
     settings = {"epochs": 1, "batch_size": 16, "model": replace(MODEL, attn_backend="reference")}
-    plain = make_trainer(tmp_path / "plain", **settings)
-    plain.fit(examples, examples)
+    plain = make_trainer(tmp_path / "plain", examples, **settings)
+    plain.fit()
     shapes = set()
     monkeypatch.setattr("fasttx.device.token_multiple", lambda device, precision: 64)
-    rounded = make_trainer(tmp_path / "rounded", **settings)
+    rounded = make_trainer(tmp_path / "rounded", examples, **settings)
     rounded.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.add(len(kwargs["input_ids"])), with_kwargs=True
     )
-    rounded.fit(examples, examples)
+    rounded.fit()
     assert all(rows % 64 == 0 for rows in shapes)
     mine, theirs = (trainer.progress.history[0] for trainer in (rounded, plain))
     assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-5)
@@ -249,34 +249,38 @@ def test_rounding_batches_up_changes_no_result(tmp_path, examples, monkeypatch):
 
 def test_bf16_on_a_cpu_meets_few_shapes(tmp_path, examples):
     """Training and measuring alike: torch keeps a product for every shape that it meets."""
-    trainer = make_trainer(tmp_path / "run", epochs=1, batch_size=16, precision="bf16")
+    trainer = make_trainer(tmp_path / "run", examples, epochs=1, batch_size=16, precision="bf16")
     shapes = []
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append((module.training, len(kwargs["input_ids"]))),
         with_kwargs=True,
     )
-    trainer.fit(examples, examples)
+    trainer.fit()
     assert {training for training, _ in shapes} == {True, False}
     assert all(rows % 128 == 0 for _, rows in shapes)
 
 
-class Keeping(Uploads):
-    """As on MPS, to the CPU."""
+def test_uploads_are_kept_until_the_host_has_waited(tmp_path, examples, monkeypatch):
+    """A batch and a seed each step; a log line, every third step, waits for the device."""
+    kept: list[object] = []
+    most = 0
 
-    def __call__(self, x):
-        self.kept.append(x)
-        return x
+    class Keeping(Uploads):
+        """As on MPS, to the CPU."""
 
+        def __call__(self, x):
+            nonlocal most
+            kept.append(x)
+            most = max(most, len(kept))
+            return x
 
-def test_uploads_are_kept_until_the_host_has_waited(tmp_path, examples):
-    trainer = make_trainer(tmp_path / "run", epochs=1, batch_size=16, log_every=3)
-    trainer._upload = Keeping(torch.device("cpu"))
-    counts = []
-    trainer._train_epoch(examples, lambda *_: counts.append(len(trainer._upload.kept)))
-    # A batch and a seed each step; every third step writes a log line, and so has waited.
-    assert counts == [2, 4, 6, 2, 4, 6, 2, 4, 6, 2]
-    trainer._read_totals()
-    assert trainer._upload.kept == []
+        def waited(self):
+            kept.clear()
+
+    monkeypatch.setattr("fasttx.device.Uploads", Keeping)
+    make_trainer(tmp_path / "run", examples, epochs=1, batch_size=16, log_every=3).fit()
+    assert most == 6
+    assert kept == []
 
 
 @pytest.mark.parametrize(("kind", "kept"), [("mps", 1), ("cuda", 0), ("cpu", 0)])
@@ -320,7 +324,7 @@ def test_progress_lines_tell_the_rate_and_the_time_left(monkeypatch, caplog) -> 
     """10 reviews a second, an epoch of 100, from the middle of its first one on."""
     progress = Progress(samples=50)
     monkeypatch.setattr("fasttx.training.progress.time.perf_counter", lambda: progress.samples / 10)
-    display = report.ProgressDisplay(2, 100, seconds=3.0)
+    display = ProgressDisplay(2, 100, seconds=3.0)
     row = {"train_loss": 0.5, "train_accuracy": 0.8, "val_loss": 0.4, "val_accuracy": 0.9,
            "seconds": 10.0, "samples_per_second": 10.0}  # fmt: skip
     with caplog.at_level("INFO", "fasttx"):

@@ -1,0 +1,40 @@
+"""`fasttx backends`: which attention backends run here."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from fasttx import device as devices
+from fasttx.commands import flags
+from fasttx.ops.registry import BACKENDS, resolve_name
+
+
+def backend_table(device: torch.device, head_dim: int = 32) -> str:
+    """Name, available here, dtypes, dropout kind, and why not."""
+    rows = [("backend", "here", "dtypes", "dropout", "what it is, or why not")]
+    for b in BACKENDS.values():
+        reasons = b.unavailable_reasons(device, torch.float32, head_dim)
+        dtypes = " ".join(str(d).removeprefix("torch.") for d in b.dtypes)
+        kind = {"shared": "shared masks", "torch": "torch's own"}[b.dropout]
+        here, why = ("no", "; ".join(reasons)) if reasons else ("yes", b.summary)
+        rows.append((b.name, here, dtypes, kind, why))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
+        for row in rows
+    ]
+    chosen = resolve_name("auto", device, torch.float32, head_dim)
+    return "\n".join([*lines, f"\nauto on {device} (float32, head_dim {head_dim}): {chosen}"])
+
+
+def _backends(args: argparse.Namespace) -> None:
+    print(backend_table(devices.pick(args.device)))
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("backends", help="which attention backends run here")
+    flags.add_device(parser)
+    parser.set_defaults(run_command=_backends)

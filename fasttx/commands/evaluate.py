@@ -1,0 +1,63 @@
+"""`fasttx evaluate`: a trained run, measured on labelled texts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from fasttx.commands import flags
+from fasttx.config import TrainConfig
+from fasttx.load import load
+from fasttx.tasks import read_config
+from fasttx.text import splits as data
+from fasttx.training import run as runs
+from fasttx.training.checkpoint import RunFolder
+from fasttx.training.metrics import classification_metrics, format_metrics
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    classifier = load(args.run, device=args.device, attn_backend=args.attn_backend)
+    cut = "cut" if args.truncation else None  # where it says what to keep, it is cut
+    reading = {"truncation": args.truncation, "long_texts": args.long_texts or cut}
+    classifier = dataclasses.replace(classifier, **{k: v for k, v in reading.items() if v})
+    if args.dataset is None:
+        folder = RunFolder(args.run)
+        split = runs.load_dataset(folder, read_config(folder.config)).validation
+    else:
+        split = data.load_for_evaluation(
+            args.dataset,
+            classifier.label_names,
+            text_column=args.text_column,
+            label_column=args.label_column,
+        )
+    logits = classifier.logits(split.texts, batch_size=args.batch_size)
+    metrics = classification_metrics(logits.numpy(), split.labels)
+    if args.json:
+        where = args.dataset or f"validation split of {args.run}"
+        print(json.dumps({"dataset": where, **metrics.to_dict()}))
+    else:
+        print(format_metrics(metrics, list(classifier.label_names)))
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate", help="measure a trained run on labelled texts", formatter_class=flags.Formatter
+    )
+    flags.add_run(parser)
+    flags.add_inference(parser)
+    parser.add_argument(
+        "--dataset",
+        help="imdb, demo, or a path, for its test split (default: the run's own validation split)",
+    )
+    for name in ("truncation", "long_texts"):
+        choice = TrainConfig.__dataclass_fields__[name].metadata
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            choices=choice["choices"],
+            help=f"instead of the run's own choice: {choice['help']}",
+        )
+    parser.add_argument("--text-column", help="name of the text column (default: found)")
+    parser.add_argument("--label-column", help="name of the label column (default: found)")
+    parser.set_defaults(run_command=_evaluate)

@@ -1,0 +1,42 @@
+"""`fasttx explain RUN "text"`: one text's label, and what its words had to do with it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fasttx.commands import flags
+from fasttx.errors import DataError
+from fasttx.load import load
+from fasttx.reporting import explain, page
+from fasttx.reporting.attributions import explain as attribute
+
+
+def _explain(args: argparse.Namespace) -> None:
+    if args.html:
+        page.check_folder(args.html)
+    # sdpa runs everywhere, and has gradients everywhere.
+    model = load(args.run, device=args.device, attn_backend="sdpa")
+    if len(model.label_names) < 2:
+        raise DataError(f"{args.run} knows one label only: there is no decision to explain")
+    found = attribute(model, args.text)
+    print(explain.terminal(found, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    if args.html:
+        page.write(args.html, explain.html(found, args.run.resolve().name), {})
+        print(f"\n{args.html}: open it in a browser")
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain", help="which words of a text spoke for its label, and where attention looked"
+    )
+    flags.add_run(parser)
+    parser.add_argument("text", help="the text")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with attention maps as well"
+    )
+    flags.add_device(parser)
+    parser.set_defaults(run_command=_explain)

@@ -1,0 +1,80 @@
+"""The command line of train.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fasttx.commands import flags
+from fasttx.config import ENCODER_SHAPE, RECIPES, ModelConfig, TrainConfig
+from fasttx.tasks import read_config
+from fasttx.training.checkpoint import RunFolder
+from fasttx.version import __version__
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What train.py was asked: a run to resume, or a recipe and the settings that change it."""
+
+    resume: Path | None
+    recipe: str | None
+    out: Path | None
+    settings: dict[str, Any]
+    model_settings: dict[str, Any]
+
+    @property
+    def dataset(self) -> str:
+        return self.settings.get("dataset", "auto")
+
+    def recipe_for(self, dataset: str) -> str:
+        """The recipe asked for, else the one that fits. A recipe for IMDB does not fit `demo`, so
+        where `auto` had to fall back to that corpus, it falls back to its recipe too."""
+        fell_back = dataset == "demo" and self.dataset == "auto"
+        started = "finetune" if self.settings.get("init_from") else "full"
+        fitting = "demo" if dataset == "demo" else started
+        return fitting if fell_back or self.recipe is None else self.recipe
+
+    def config(self, recipe: str) -> TrainConfig:
+        """The settings given, over those of `recipe`; an encoder to start from has its own sizes.
+        Raises ConfigError, CheckpointError."""
+        base = RECIPES[recipe]
+        model = base.model
+        if source := self.settings.get("init_from"):
+            theirs = read_config(RunFolder(Path(source)).config).train.model
+            model = replace(model, **{k: getattr(theirs, k) for k in ENCODER_SHAPE})
+        return replace(base, model=replace(model, **self.model_settings), **self.settings)
+
+
+def options(argv: Sequence[str] | None = None) -> TrainOptions:
+    parser = argparse.ArgumentParser(
+        "train.py",
+        description="Train a Transformer text classifier; the defaults are those of the recipe.",
+        epilog="recipes:\n" + "\n".join(_recipe_line(name, c) for name, c in RECIPES.items()),
+        formatter_class=flags.RawEpilog,
+    )
+    parser.add_argument("--version", action="version", version=f"fasttx {__version__}")
+    run = parser.add_argument_group("recipe and run folder")
+    run.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="settings to start from (default: full; finetune with --init-from; demo on demo)",
+    )
+    flags.add_out(run)
+    flags.add_resume(run)
+    for cls in (TrainConfig, ModelConfig):
+        flags.add_settings(parser, cls)
+    values = vars(parser.parse_args(argv))
+    resume = values.pop("resume")
+    flags.refuse_beside_resume(parser, resume, values)
+    return TrainOptions(resume, values.pop("recipe"), values.pop("out"), *flags.split(values))
+
+
+def _recipe_line(name: str, c: TrainConfig) -> str:
+    size = f"{c.train_samples:,} reviews" if c.train_samples else "all reviews"
+    return (
+        f"  {name:8} {size}, {c.epochs} epochs of batches of {c.batch_size}, {c.optimizer} at "
+        f"{c.lr:g} ({c.schedule}), dropout {c.model.dropout_text}"
+    )

@@ -1,0 +1,213 @@
+"""Classification: each text has one label. What `python train.py` trains."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasttx import device as devices
+from fasttx.config import ModelConfig, TrainConfig
+from fasttx.errors import CheckpointError
+from fasttx.models.classifier import TransformerClassifier
+from fasttx.ops import registry
+from fasttx.tasks.encoder import EncoderTask, machine_text, optimizer_text, size_text
+from fasttx.text import splits as data
+from fasttx.text.labels import label_table, single_class_warning
+from fasttx.text.packing import PackedBatch, RaggedIds, pack
+from fasttx.text.reading import drop_words, read
+from fasttx.text.token_cache import encode_cached
+from fasttx.text.tokenizer import Tokenizer
+from fasttx.training.checkpoint import Progress, RunFolder
+from fasttx.training.inference import predict_shared
+from fasttx.training.metrics import classification_metrics, format_metrics
+from fasttx.training.predictions import Predictions, PseudoLabels
+from fasttx.training.progress import clock, epoch_table
+from fasttx.training.results import common, time_to_accuracy
+from fasttx.training.task import Examples, Run, Splits, TaskData
+
+log = logging.getLogger("fasttx")
+
+
+class Classification(EncoderTask):
+    name = "classification"
+    command = "python train.py"
+
+    def load(self, config: TrainConfig) -> TaskData:
+        """Raises DataError, and CheckpointError for pseudo-labels of other texts or classes."""
+        dataset = data.load(config)
+        described, more = dataset.describe(), None
+        if config.pseudo_labels is not None:
+            texts, labels = more = _pseudo_labelled(config, dataset)
+            described["pseudo_labels"] = {"texts": len(texts), "fingerprint": labels.fingerprint}
+        return TaskData(
+            dataset.train.texts,
+            tuple(dataset.label_names),
+            described,
+            dataset.notes,
+            functools.partial(_examples, dataset, more),
+        )
+
+    def model(self, config: ModelConfig) -> nn.Module:
+        return TransformerClassifier.from_config(config)
+
+    def heading(self, run: Run, model: nn.Module) -> list[str]:
+        c, t, m = run.config, run.config.train, run.config.train.model
+        auto = " (auto)" if m.attn_backend == "auto" else ""
+        longer = t.truncation + (", measured in windows" if t.long_texts == "windows" else "")
+        more = ""
+        if soft := c.dataset.get("pseudo_labels"):
+            more = f", and {soft['texts']:,} texts with the labels of {t.pseudo_labels}"
+        lines = (
+            f"run        {run.folder.path}  (recipe {c.recipe}, seed {t.seed})",
+            f"data       {c.dataset['name']}{more}",
+            f"model      {size_text(m)}, {m.max_len} tokens ({longer})",
+            f"attention  {c.attn_backend}{auto} on {machine_text(run)}",
+            f"training   {t.epochs} epochs, batch {t.batch_size * t.grad_accumulation}, "
+            + optimizer_text(t),
+        )
+        return ["\n".join(lines), *labels_shown(run)]
+
+    def batch(
+        self, run: Run, examples: Examples, indices: np.ndarray, stream: tuple[int, ...]
+    ) -> PackedBatch:
+        config = run.config.train
+        ids = drop_words(examples.ids.select(indices), config.word_dropout, stream)
+        multiple = devices.token_multiple(run.device, config.precision)
+        return pack(ids, examples.labels[indices], token_multiple=multiple)
+
+    def loss(
+        self, run: Run, model: Any, batch: PackedBatch, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        labels, config = batch.labels, run.config.train
+        assert labels is not None
+        with devices.autocast(run.device, config.precision):
+            logits = model(**batch.model_inputs(), seed=seed).float()
+        smoothing = config.label_smoothing
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+        likeliest = labels if labels.dim() == 1 else labels.argmax(-1)
+        return loss, (logits.argmax(-1) == likeliest).sum()
+
+    def measure(self, run: Run, model: nn.Module, examples: Examples) -> tuple[float, float]:
+        metrics = classification_metrics(predict_shared(run, model, examples), examples.labels)
+        return metrics.loss, metrics.accuracy
+
+    def results(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
+        return {
+            **measured(run, model, progress),
+            "attn_backend": run.config.attn_backend,
+            "recipe": run.config.recipe,
+            **registry.descriptions(run.config.attn_backend),
+        }
+
+    def closing(self, run: Run, results: dict[str, Any]) -> str:
+        folder, dataset = run.folder, results["dataset"]
+        return (
+            f"\n{dataset['name']}: test accuracy {results['test_accuracy']:.2%} on "
+            f"{dataset['test_samples']:,} reviews (epoch {results['best_epoch']}, chosen by "
+            f"validation accuracy {results['val_accuracy']:.2%})\n"
+            f"trained at {results['samples_per_second']:.1f} samples/s, "
+            f"{clock(results['seconds'])}; peak memory {results['peak_memory_mb']:.0f} MB\n"
+            f'{folder.results}; try: fasttx predict {folder.path} "I expected nothing and loved '
+            'it."' + (f"\n\n{results['warning']}" if results["warning"] else "")
+        )
+
+
+TASK = Classification()
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+def _pseudo_labelled(
+    config: TrainConfig, dataset: data.TextDataset
+) -> tuple[list[str], PseudoLabels]:
+    """The unlabelled texts of a dataset, with what an ensemble says of them.
+
+    Raises DataError, and CheckpointError for labels of other texts or other classes.
+    """
+    path = RunFolder(Path(str(config.pseudo_labels))).pseudo_labels
+    labels = PseudoLabels.load(path)
+    texts, _ = data.load_unlabelled(config.dataset, config.text_column)
+    if labels.texts != data.texts_fingerprint(texts):
+        raise CheckpointError(
+            f"{path} labels other texts than the {len(texts):,} unlabelled ones that "
+            f"{config.dataset!r} holds now. Make it again: fasttx ensemble --pseudo-labels"
+        )
+    if list(labels.label_names) != dataset.label_names:
+        raise CheckpointError(
+            f"{path} has the classes {', '.join(labels.label_names)}; expected those of "
+            f"{config.dataset!r}: {', '.join(dataset.label_names)}"
+        )
+    if labels.splits != dataset.fingerprint:
+        raise CheckpointError(
+            f"{path} comes from other splits than this run's: its makers may have learnt the "
+            "labels of texts that this run is validated on. Expected the --dataset, --split-seed "
+            "and numbers of samples of the runs that made it"
+        )
+    return texts, labels
+
+
+def _examples(
+    dataset: data.TextDataset,
+    more: tuple[list[str], PseudoLabels] | None,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+) -> Splits:
+    max_len = config.model.max_len
+
+    def measured_on(split: data.Split, ids: RaggedIds) -> Examples:
+        ids, owner = read(ids, max_len, config.truncation, config.long_texts)
+        return Examples(ids, split.labels, owner)
+
+    splits = (dataset.train, dataset.validation, dataset.test)
+    train, validation, test = (encode_cached(tokenizer, split.texts) for split in splits)
+    labels = dataset.train.labels
+    if more is not None:
+        texts, soft = more
+        train = RaggedIds.concatenate([train, encode_cached(tokenizer, texts)])
+        certain = np.eye(len(dataset.label_names), dtype=np.float32)[labels]
+        labels = np.concatenate([certain, soft.probabilities])
+    return Splits(
+        Examples(train.truncate(max_len, config.truncation), labels),
+        measured_on(dataset.validation, validation),
+        measured_on(dataset.test, test),
+    )
+
+
+# --- what any classifier of texts shows and records -----------------------------------------------
+
+
+def labels_shown(run: Run) -> list[str]:
+    counts = run.config.dataset["label_counts"]
+    warning = single_class_warning(counts)
+    return [label_table(counts), *([warning] if warning else [])]
+
+
+def measured(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
+    """Measure on the test split, save the answers, and return what results.json holds of them."""
+    test, best = run.splits.test, progress.best
+    assert test is not None and best is not None
+    log.info("\n%s\n", epoch_table(progress.history, best["epoch"]))
+    log.info("measuring on the %s test reviews ...", f"{len(test):,}")
+    predictions = Predictions(predict_shared(run, model, test), test.labels)
+    log.info("%s", format_metrics(predictions.metrics, run.config.label_names))
+    if run.processes.main:
+        predictions.save(run.folder.test_predictions)
+    found = predictions.metrics.to_dict()
+    return {
+        "test_accuracy": found["accuracy"],
+        "test_loss": found["loss"],
+        "confusion_matrix": found["confusion_matrix"],
+        "test": found,
+        "val_accuracy": best["val_accuracy"],
+        "time_to_accuracy": time_to_accuracy(progress.history),
+        "device": str(run.device),
+        "warning": single_class_warning(run.config.dataset["label_counts"]),
+        **common(run, model, progress),
+    }

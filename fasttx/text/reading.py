@@ -1,0 +1,52 @@
+"""What a model reads of texts as token ids, in which order, and what it says of whole texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttx.text.packing import RaggedIds
+from fasttx.text.tokenizer import UNK_ID
+
+
+def by_length(ids: RaggedIds, batch_size: int) -> Iterator[np.ndarray]:
+    """Index batches, longest texts first.
+
+    A text's logits do not depend on its batch; texts of equal length side by side suit every
+    device, and where memory does not suffice the first batch shows it.
+    """
+    order = np.argsort(-ids.lengths, kind="stable")
+    return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+def read(
+    ids: RaggedIds, max_len: int, truncation: str, long_texts: str
+) -> tuple[RaggedIds, np.ndarray | None]:
+    """The token ids that a model is measured on, by TrainConfig's truncation and long_texts.
+
+    The second value is None, or for windows (windows,) int64: the text each window is part of.
+    """
+    if long_texts == "windows":
+        return ids.windows(max_len)
+    return ids.truncate(max_len, truncation), None
+
+
+def mean_of_windows(logits: Tensor, owner: np.ndarray | None) -> Tensor:
+    """(windows, num_classes) -> (texts, num_classes); every text has a window."""
+    if owner is None or not len(owner):
+        return logits
+    of = torch.from_numpy(owner)
+    sums = logits.new_zeros(int(owner[-1]) + 1, logits.shape[1]).index_add_(0, of, logits)
+    return sums / torch.bincount(of)[:, None]
+
+
+def drop_words(ids: RaggedIds, p: float, stream: tuple[int, ...]) -> RaggedIds:
+    """`ids` with a share p of the words replaced by <UNK>; a pure function of `stream`."""
+    if p == 0.0:
+        return ids
+    lost = np.random.default_rng(stream).random(len(ids.values)) < p
+    return replace(ids, values=np.where(lost, np.int32(UNK_ID), ids.values))
