@@ -1,4 +1,4 @@
-"""What a model and a training run are made of: frozen, validated dataclasses, and the recipes."""
+"""The settings of a model and of a run: frozen, validated dataclasses, and the recipes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = (
 
 
 def _check_types(config: Any) -> None:
-    """Reject values of the wrong type or outside a field's choices (a bool is no number here)."""
+    """Raise ConfigError for a wrong type (a bool is no number) or a value that is no choice."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
@@ -43,7 +43,7 @@ def _check_range(config: Any, low: float, high: float, *names: str) -> None:
 
 
 def known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, after a check that `cls` has every one of these fields."""
+    """Return `values`. Raises ConfigError for names that are no field of `cls`."""
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
         raise ConfigError(f"unknown {cls.__name__} settings: {', '.join(unknown)}")
@@ -94,7 +94,7 @@ class ModelConfig:
         return f"{self.dropout:g} (attention {self.attention_dropout:g})"
 
 
-# What two encoders share whose weights fit one another.
+# The weights of one encoder fit another if these are equal.
 ENCODER_SHAPE = ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "activation")
 
 
@@ -232,7 +232,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
-    """One run of masked-language-model pretraining; settings that need labels have no effect."""
+    """One pretraining run (a masked language model); settings that need labels have no effect."""
 
     unlabelled: bool = setting(
         True, "learn from the texts without labels too, not only from train's", group="data"
@@ -246,7 +246,7 @@ class PretrainConfig(TrainConfig):
         _check_range(self, 0.01, 0.9, "mask_share")
 
 
-# Nothing is learnt by heart in two passes: no dropout (Geiping, Goldstein, "Cramming", 2023).
+# No dropout: two passes are too few to overfit (Geiping, Goldstein, "Cramming", 2023).
 PRETRAIN = PretrainConfig(
     epochs=2,
     batch_size=32,

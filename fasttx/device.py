@@ -1,4 +1,4 @@
-"""Where tensors live: choosing a device, waiting for it, and saying what it is."""
+"""The device of a run: choosing it, waiting for it, describing it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fasttx.version import __version__
 
 
 def pick(name: str = "auto") -> torch.device:
-    """The torch device of this name; `auto` is CUDA, else MPS, else the CPU."""
+    """The torch device of this name; `auto` is CUDA, else MPS, else the CPU. Raises DeviceError."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((kind for kind, there in has.items() if there), "cpu"))
@@ -43,19 +43,21 @@ def synchronize(device: torch.device) -> None:
 
 
 def token_multiple(device: torch.device, precision: str) -> int:
-    """What to round the rows of a batch up to, so that batches come in few sizes. MPS caches one
-    program for every shape it meets and frees none; torch's bfloat16 products on a CPU (oneDNN) do
-    the same, at 8 MB a shape. Elsewhere a batch is as long as its texts."""
+    """The number of rows of a batch is rounded up to a multiple of this.
+
+    MPS caches one program for every shape and frees none; torch's bfloat16 products on a CPU
+    (oneDNN) do the same, at 8 MB a shape. So there batches should come in few sizes.
+    """
     if device.type == "mps":
         return 512
     return 128 if device.type == "cpu" and precision == "bf16" else 1
 
 
 class Uploads:
-    """Copies to a device that the host does not wait for: of tensors and of packed batches.
+    """Copies tensors and packed batches to a device without waiting for the copy.
 
-    On MPS such a copy reads its source when the GPU gets to it, and torch before 2.13 does not keep
-    the source alive until then (pytorch #189690). So sources are kept here, until a wait.
+    On MPS the GPU reads the source later, and torch before 2.13 does not keep it alive until then
+    (pytorch #189690). So this object keeps the sources until `waited` is called.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -76,7 +78,7 @@ class Uploads:
 def fused_steps_heed_overflow(device: torch.device) -> bool:
     """Whether torch's fused optimisers skip a step when the gradient scaler found an overflow.
 
-    On MPS they ignored that (pytorch #186360), so it is tried.
+    On MPS they once ignored it (pytorch #186360), so this tries it.
     """
     weight = torch.nn.Parameter(torch.ones(1, device=device))
     weight.grad = torch.ones_like(weight)
@@ -90,23 +92,24 @@ def fused_steps_heed_overflow(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The context to run a forward pass in; precision as in TrainConfig."""
+    """The autocast context of a forward pass; precision as in TrainConfig."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def set_precision(device: torch.device, precision: str) -> None:
-    """tf32 or full fp32 products on CUDA. Raises DeviceError for tf32 elsewhere."""
+    """Let torch compute float32 products in TF32, or exactly. Raises DeviceError for tf32 elsewhere
+    than on CUDA."""
     if precision == "tf32" and device.type != "cuda":
         raise DeviceError(f"precision tf32 needs a CUDA device, this one is {device}; use fp32")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """CUDA: the most memory torch has held on the device. Elsewhere: the process's largest size."""
+    """Peak memory: on CUDA what torch allocated on the device, elsewhere the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # Linux counts this program alone here; getrusage would start at the size of its parent.
+    # Linux counts this program alone here; getrusage starts at the size of the parent process.
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as f:
         for line in f:
             if line.startswith("VmHWM:"):
@@ -120,7 +123,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def chip() -> str:
-    """The name of the processor; on Apple silicon that of the GPU too."""
+    """The name of the processor, which on Apple silicon is the name of the GPU too."""
     if sys.platform == "darwin":
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
@@ -136,7 +139,7 @@ def chip() -> str:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the numbers of a run were measured on."""
+    """The hardware, as results.json records it."""
     found: dict[str, Any] = {
         "device": str(device),
         "cpu": chip(),

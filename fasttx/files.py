@@ -1,5 +1,7 @@
-"""Files written whole or not at all: to a temporary name in the same folder, then renamed; and the
-folder of what may be lost."""
+"""Files are written whole or not at all: to a temporary name in the same folder, then renamed.
+
+`cache_folder` is for files that can be computed again.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# A killed process leaves its temporary file behind. One this old belongs to nobody any more.
+# A killed process leaves its temporary file behind; no process still writes one this old.
 _ABANDONED_SECONDS = 3600
 
 
 def cache_folder() -> Path:
-    """$FASTTX_CACHE, $XDG_CACHE_HOME/fasttx or ~/.cache/fasttx, which need not exist yet.
+    """$FASTTX_CACHE, else $XDG_CACHE_HOME/fasttx, else ~/.cache/fasttx. It need not exist yet.
 
     Raises RuntimeError where there is no home folder.
     """
@@ -32,8 +34,8 @@ def cache_folder() -> Path:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends, and vanishes when the block raises.
 
-    Readers see the old file or the new one, also after a kill or a power cut. A symbolic link
-    stays a link: the file it points to is replaced. Raises OSError (FileNotFoundError where the
+    A reader sees the old file or the new one, even after a kill or a power cut. A symbolic link
+    stays a link; the file that it points to is replaced. Raises OSError (FileNotFoundError if the
     folder does not exist).
     """
     target = Path(os.path.realpath(path))
@@ -56,18 +58,18 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    with contextlib.suppress(OSError):  # housekeeping: another process may be at it too
+    with contextlib.suppress(OSError):  # another process may be removing them too
         for path in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """`text` as UTF-8, line ends as they are."""
+    """Write `text` as UTF-8, without changing line ends."""
     with atomic_write(path) as f:
         f.write(text.encode("utf-8"))
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """`obj` as JSON, indented by 2, non-ASCII text as it is."""
+    """Write `obj` as JSON, indented by 2, non-ASCII characters unescaped."""
     write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Drawing subsets of a labelled split: shuffled and stratified, or the first rows as they lie."""
+"""Subsets of a labelled split: shuffled and stratified, or the first texts of the file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def _quotas(counts: np.ndarray, size: int) -> np.ndarray:
 def draw_stratified(
     labels: np.ndarray, sizes: Sequence[int], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Disjoint subsets of these sizes, each with the class proportions of `labels` (to within one
-    row a class), in shuffled order. Index arrays. Raises ValueError if they ask for too many rows.
+    """Index arrays of disjoint subsets of these sizes, in shuffled order.
+
+    Each has the class proportions of `labels`, to within one text a class. Raises ValueError if
+    the sizes add up to more than there are.
     """
     if sum(sizes) > len(labels):
         raise ValueError(f"{sum(sizes)} rows asked for; there are {len(labels)}")
@@ -30,7 +32,7 @@ def draw_stratified(
     for i, size in enumerate(sizes):
         left = np.array([len(pool) for pool in pools])
         if sum(sizes[: i + 1]) == len(labels):
-            quotas = left  # the last of a whole split: all that is left
+            quotas = left  # the subsets use up the split: the last one gets the rest
         else:
             quotas = np.minimum(_quotas(counts, size), left)
             quotas[np.argmax(left - quotas)] += size - quotas.sum()
@@ -41,7 +43,7 @@ def draw_stratified(
 
 
 def draw_first(labels: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
-    """Disjoint subsets of these sizes, taken one after the other from the first row on."""
+    """Index arrays of disjoint subsets of these sizes, one after the other from the first text."""
     if sum(sizes) > len(labels):
         raise ValueError(f"{sum(sizes)} rows asked for; there are {len(labels)}")
     ends = np.cumsum(sizes)

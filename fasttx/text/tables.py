@@ -1,4 +1,4 @@
-"""Tables of texts with labels: which column is which, and their rows as texts and labels."""
+"""Tables of labelled texts: finding the columns of texts and labels, and reading them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,17})(?:\.0+)?")
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """One split as it was read, its labels as they were written."""
+    """The texts and labels of one split, labels as the file writes them."""
 
     texts: list[str]
     labels: list[Label]
@@ -42,7 +42,12 @@ def some(values: Sequence[Any], limit: int = 10) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Columns of one file. `kinds` says of each whether it is text; `place(i)` where row i lies."""
+    """The columns of one file.
+
+    where: the file, for messages. kinds: whether each column is text. read: the values of a column.
+    place: where the row with this index is in the file, for messages. class_names: the names of a
+    column's integer labels, where the file has them.
+    """
 
     where: str
     kinds: dict[str, bool]
@@ -83,7 +88,7 @@ def _find_columns(
 
 
 def table_texts(table: Table, text_column: str | None) -> list[str]:
-    """The texts alone, of a table whose labels are missing or of no account."""
+    """The texts of a table, whose labels are missing or not used. Raises DataError."""
     names = [c for c in table.kinds if c.lower() in TEXT_NAMES]
     text = text_column or next(iter(sorted(names, key=lambda c: TEXT_NAMES.index(c.lower()))), None)
     if text not in table.kinds:
@@ -108,7 +113,7 @@ def _texts(table: Table, column: str) -> list[str]:
 
 
 def _label(value: Any) -> Label | None:
-    """A label as integer or string; None for what is neither."""
+    """A label as integer or string; None if it is neither."""
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, float) and value.is_integer():

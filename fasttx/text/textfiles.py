@@ -1,4 +1,7 @@
-"""Files and folders of labelled texts: parquet, csv, tsv, json lines, a folder for each label."""
+"""Files and folders of labelled texts: parquet, csv, tsv, json lines, a folder for each label.
+
+A format is one function from a path to a `Table`, and one line of READERS.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def _parquet_table(path: Path) -> Table:
         return values
 
     def class_names(column: str) -> list[str] | None:
-        """From what `datasets` writes beside the schema."""
+        """From the metadata that `datasets` writes into the schema."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
             features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
             if features[column]["_type"] == "ClassLabel":
@@ -91,14 +94,14 @@ def _csv_rows(text: str, delimiter: str, quotes: bool = True) -> Iterator[tuple[
     end = 0
     for row in reader:
         if row:
-            yield end + 1, row  # the line it begins on: a quoted text may go on for several
+            yield end + 1, row  # its first line: a quoted text may span several
         end = reader.line_num
 
 
 def _csv_table(path: Path) -> Table:
     text, tabs = _file_text(path), path.suffix.lower() == ".tsv"
     delimiter = "\t" if tabs else ","
-    limit = csv.field_size_limit(2**31 - 1)  # csv's own is 131,072 characters a text
+    limit = csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters a text
     try:
         rows = list(_csv_rows(text, delimiter))
     except csv.Error as error:
@@ -108,7 +111,7 @@ def _csv_table(path: Path) -> Table:
                 f"{path}, line {line}: {error}; put a text that holds commas or quotes into double "
                 'quotes, and write "" for each quote inside'
             ) from error
-        rows = list(_csv_rows(text, delimiter, quotes=False))  # many TSV files never quote
+        rows = list(_csv_rows(text, delimiter, quotes=False))  # many TSV files do not quote
     finally:
         csv.field_size_limit(limit)
 
@@ -132,7 +135,7 @@ def _csv_table(path: Path) -> Table:
     return Table(
         str(path),
         dict.fromkeys(header, True),
-        lambda column: [row[at[column]] or None for _, row in rows],  # "" is a cell left out
+        lambda column: [row[at[column]] or None for _, row in rows],  # "" is an empty cell
         lambda row: f"line {rows[row][0]}",
     )
 
@@ -146,7 +149,7 @@ def _last_good_line(text: str, delimiter: str) -> int:
 
 
 def _json_table(path: Path) -> Table:
-    """JSON lines, or in a .json file one array of objects."""
+    """JSON lines; a .json file may hold one array of objects instead."""
     text = _file_text(path)
     rows: list[tuple[str, Any]] = []
 
@@ -185,7 +188,7 @@ READERS = {
 
 
 def file_rows(paths: list[Path], text_column: str | None, label_column: str | None) -> Rows:
-    """The rows of one file, or of the shards of one split end to end."""
+    """Texts and labels of one file, or of all shards of one split. Raises DataError."""
     parts = [table_rows(READERS[p.suffix.lower()](p), text_column, label_column) for p in paths]
     first = parts[0]
     if len(parts) == 1:
@@ -206,7 +209,7 @@ def file_rows(paths: list[Path], text_column: str | None, label_column: str | No
 
 
 def file_texts(path: Path, text_column: str | None) -> list[str]:
-    """The texts of a file without labels, or whose labels are of no account."""
+    """The texts of a file whose labels are missing or not used. Raises DataError."""
     return table_texts(READERS[path.suffix.lower()](path), text_column)
 
 
@@ -216,7 +219,7 @@ def folder_texts(folder: Path) -> list[str]:
 
 
 def tree_labels(folder: Path) -> list[Path]:
-    """The folders of `folder` that stand for a label: those with texts in them."""
+    """The folders of `folder` that stand for a label: those that contain texts."""
     return sorted(
         d for d in folder.iterdir()
         if d.is_dir() and d.name != "unsup" and next(d.glob("*.txt"), None) is not None
@@ -224,7 +227,7 @@ def tree_labels(folder: Path) -> list[Path]:
 
 
 def tree_rows(folder: Path) -> Rows:
-    """<label>/*.txt: the folder's name is the label."""
+    """Texts and labels of <label>/*.txt; the name of a folder is the label of its texts."""
     texts: list[str] = []
     labels: list[Label] = []
     for label in tree_labels(folder):

@@ -1,4 +1,4 @@
-"""Token ids kept on disk, by the content of what they were made from."""
+"""Token ids on disk, by a hash of the tokenizer and the texts."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _CACHE_FILES = 20  # the ids of IMDB's 25,000 training reviews are 27 MB
 def encode_cached(
     tokenizer: Tokenizer, texts: Sequence[str], cache_dir: str | Path | None = None
 ) -> RaggedIds:
-    """`tokenizer.encode_batch(texts)`, read back from disk where it was computed before.
+    """`tokenizer.encode_batch(texts)`, read from disk if it was computed before.
 
-    The cache lies in `cache_dir`, $FASTTX_CACHE, $XDG_CACHE_HOME/fasttx or ~/.cache/fasttx, in the
-    folder `tokens`: one file for each vocabulary and list of texts (by SHA-256), the 20 used last.
-    A damaged file is written anew; a cache that cannot be written is done without.
+    The cache is the folder `tokens` of `cache_dir` (default: `fasttx.files.cache_folder`). It has
+    one file for each vocabulary and list of texts (by SHA-256) and keeps the 20 used last. A
+    damaged file is written anew. Where the cache cannot be written, nothing is cached.
     """
     key = _cache_key(tokenizer, texts)
     try:
@@ -64,11 +64,11 @@ def _cache_key(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
 
 
 def _read_ids(path: Path, texts: int, vocab_size: int) -> RaggedIds | None:
-    """The ids in a cache file, or None if there are none that can be right."""
+    """The ids in a cache file; None if it is missing, damaged or does not fit."""
     try:
         with open(path, "rb") as f, np.load(f, allow_pickle=False) as content:
             ids = RaggedIds(content["values"], content["offsets"])
-    except Exception:  # bytes gone bad raise anything, and everything can be computed again
+    except Exception:  # a damaged file raises anything, and all of it can be computed again
         return None
     sound = (
         ids.values.dtype == np.int32

@@ -1,8 +1,8 @@
 """Words to ids: a word-level vocabulary, kept in a tokenizer.json that Hugging Face reads too.
 
-`tokenizers.Tokenizer.from_file` gives the same ids for every text. Python's and Oniguruma's ideas
-of \\w, \\s and of lower case differ, so each character class is spelled out, and used by both.
-(Only capitals that one side's Unicode tables do not know yet can come out differently.)
+`tokenizers.Tokenizer.from_file` gives the same ids for every text. Python and Oniguruma differ in
+\\w, \\s and in lower case, so each character class is spelled out here and written to the file.
+(Only capitals that the Unicode tables of one side lack can come out differently.)
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fasttx.text.packing import RaggedIds
 PAD, UNK = "<PAD>", "<UNK>"
 PAD_ID, UNK_ID = 0, 1
 
-# Between words: control characters, white space, what has no width. (The dashes of badly decoded
+# Between words: control characters, white space, characters of no width. (Dashes of badly decoded
 # Windows-1252 pages lie in U+0080-U+009F.)
 _SPACE = (
     "0000-0020 007f-00a0 00ad 1680 180e 2000-200b 200e-200f 2028-202f 205f-206f 3000 fe00-fe0f feff"
 )
-# Words of one character: punctuation, currency signs, symbols, emoji. All else makes up words.
+# Words of one character: punctuation, currency signs, symbols, emoji. All others form words.
 _MARK = (
     "0021-002f 003a-0040 005b-0060 007b-007e 00a1-00a9 00ab-00ac 00ae-00b1 00b4 00b6-00b8 00bb "
     "00bf 00d7 00f7 2010-2027 2030-205e 20a0-20cf 2190-2bff 2e00-2e7f 3001-3003 3008-3011 "
@@ -39,8 +39,8 @@ _MARK = (
 
 
 def _character_class(ranges: str) -> str:
-    """The inside of [...]. \\uHHHH is the escape that Python, Oniguruma and JavaScript share; they
-    share none for what lies beyond U+FFFF."""
+    """The inside of [...]. Python, Oniguruma and JavaScript share the escape \\uHHHH, and none for
+    characters beyond U+FFFF."""
 
     def character(code: str) -> str:
         return rf"\u{code}" if len(code) == 4 else chr(int(code, 16))
@@ -53,14 +53,14 @@ def _words(space: str, mark: str) -> str:
     return f"{letter}+(?:'{letter}+)*|[{mark}]"
 
 
-# Regular expressions and what to put in their place, for lower-case text.
+# Regular expressions and their replacements, for lower-case text.
 _QUOTES = ((r"[\u2018\u2019\u00b4]", "'"), (r"[\u201c\u201d]", '"'))
 _BREAK = (r"</?br[\u0009-\u000d\u0020]*/?>", " ")
 _WORDS = _words(_character_class(_SPACE), _character_class(_MARK))
 
 _straighten = [(re.compile(pattern).sub, by) for pattern, by in _QUOTES]
 _drop_breaks = re.compile(_BREAK[0]).sub
-# A Python string may hold lone surrogates (undecodable bytes), which no UTF-8 text can.
+# A Python string may hold lone surrogates (undecodable bytes); UTF-8 text cannot.
 _find_words = re.compile(
     _words(_character_class(_SPACE + " d800-dfff"), _character_class(_MARK))
 ).findall
@@ -70,7 +70,7 @@ class Tokenizer:
     """Text to ids by whole words. A word that is not in `vocab` becomes <UNK>.
 
     Text is lower-cased, <br> tags are dropped, punctuation marks are words of their own, and a
-    word may hold apostrophes (don't). Nothing in a text stands for <PAD> or <UNK>.
+    word may contain apostrophes (don't). No text is read as the tokens <PAD> or <UNK>.
     """
 
     def __init__(self, vocab: Sequence[str]) -> None:
@@ -90,7 +90,7 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int = 10_000) -> Tokenizer:
         """The `vocab_size` - 2 most frequent words of `texts` (fewer where there are fewer).
 
-        Words that are equally frequent are taken in the order of their code points.
+        Among equally frequent words, the order of code points decides.
         """
         if vocab_size < 2:
             raise ValueError(f"vocab_size is {vocab_size}; expected at least 2 (<PAD> and <UNK>)")
@@ -105,8 +105,7 @@ class Tokenizer:
         """The words of `text`, whether in the vocabulary or not."""
         if not isinstance(text, str):
             raise TypeError(f"text is {_describe(text)}; expected a str")
-        # Rust lower-cases character by character; Python alone knows that a Σ at the end of a
-        # word becomes ς.
+        # Python makes a Σ at the end of a word ς. Rust lower-cases each character by itself.
         text = text.replace("\u03a3", "\u03c3").lower()
         if not text.isascii():
             for sub, by in _straighten:
@@ -120,7 +119,7 @@ class Tokenizer:
         return list(map(self._ids.get, self.tokenize(text), repeat(UNK_ID)))
 
     def encode_batch(self, texts: Iterable[str]) -> RaggedIds:
-        """`encode` of every text. Raises TypeError, with the index, for what is no string."""
+        """`encode` of every text. Raises TypeError, with the index, for a text that is no str."""
         values, offsets = array("i"), array("q", [0])
         for text in checked_texts(texts):
             values.extend(map(self._ids.get, self.tokenize(text), repeat(UNK_ID)))
@@ -160,7 +159,7 @@ class Tokenizer:
                 "pad_type_id": 0,
                 "pad_token": PAD,
             },
-            # Empty: a "<PAD>" that a reviewer typed is three words of text, here and there.
+            # Empty: a "<PAD>" that a reviewer typed is three words, for both readers.
             "added_tokens": [],
             "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *replace]},
             "pre_tokenizer": {
@@ -180,10 +179,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """A tokenizer.json that `save` wrote, perhaps written again by Hugging Face `tokenizers`.
+        """Read a tokenizer.json that `save` wrote; Hugging Face `tokenizers` may have rewritten it.
 
-        Raises TokenizerError for any other file, also for a tokenizer.json whose rules would give
-        other ids: only word-level ones with exactly the rules of this class are read.
+        Raises TokenizerError for any other file, also for a tokenizer.json with other rules than
+        those of this class.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -213,7 +212,7 @@ def _vocab_of(content: Any) -> list[str]:
             raise ValueError(
                 f"its model's {key} is {model.get(key)!r}; expected {rules['model'][key]!r}"
             )
-    # `padding` and `decoder` have no say in the ids of a text.
+    # `padding` and `decoder` do not affect the ids of a text.
     for key in sorted(rules.keys() - {"model", "padding", "decoder"}):
         if content.get(key) != rules[key]:
             raise ValueError(f"its {key} is not the one that this version of fasttx writes")
