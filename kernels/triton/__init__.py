@@ -1,6 +1,6 @@
 """Triton kernels: fused variable-length attention and row operations, forward and backward.
 
-`attention` and `rowops` hold the operators; `tiles` says which tile each kernel runs with, `aot`
-compiles every configuration without a GPU, `tune` measures tiles on one. Importing this package
-imports no Triton.
+`attention`, `embed`, `add_norm` and `bias_act` launch them; `tiles` says which tile attention runs
+with, `aot` compiles every configuration without a GPU, `tune` measures tiles on one. Importing this
+package imports no Triton.
 """

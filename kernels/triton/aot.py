@@ -36,11 +36,11 @@ BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
 
 # The type of each argument by its name; what is not here is a pointer to the kernel's dtype.
 _TYPES = {
-    **dict.fromkeys(("lse", "mean_out", "rstd_out", "mean_in", "rstd_in", "sums"), "*fp32"),
-    **dict.fromkeys(("seq_starts", "seq_lens", "position_ids"), "*i32"),
+    **dict.fromkeys(("lse", "moments", "sums"), "*fp32"),
+    **dict.fromkeys(("starts", "lens", "position_ids"), "*i32"),
     **dict.fromkeys(("seed", "ids", "order", "ends"), "*i64"),
-    **dict.fromkeys(("sequences", "heads", "total", "max_seqlen", "rows", "vocabulary"), "i32"),
-    **dict.fromkeys(("positions", "threshold"), "i32"),
+    **dict.fromkeys(("sequences", "heads", "rows", "max_seqlen", "words", "longest"), "i32"),
+    **dict.fromkeys(("threshold",), "i32"),
     **dict.fromkeys(("qk_scale", "scale", "keep_scale", "eps"), "fp32"),
 }
 
@@ -52,7 +52,7 @@ class Configuration:
     module: str
     kernel: str
     dtype: str
-    constants: tuple[tuple[str, Any], ...]  # its tl.constexpr arguments
+    constants: tuple[tuple[str, Any], ...]  # its tl.constexpr arguments, and those that are None
     num_warps: int
     num_stages: int = 3
 
@@ -83,23 +83,18 @@ class Usage:
 
 
 def attention(
-    kernel: str, dtype: str, head_dim: int, max_seqlen: int, causal: bool, dropout: bool,
+    way: str, dtype: str, head_dim: int, max_seqlen: int, causal: bool, dropout: bool,
     precision: str = "ieee",
 ) -> Configuration:  # fmt: skip
-    """What the launcher in attention.py asks for."""
-    tile = tiles.tile(kernel, BITS[dtype], head_dim, max_seqlen)
-    forward = "forward_whole_rows" if tile.whole else "forward_online"
-    name = forward if kernel == "forward" else kernel
+    """What the launcher `way` (forward, backward) of attention.py asks for."""
+    tile = tiles.tile(way, BITS[dtype], head_dim, max_seqlen)
     constants = {
         "D": head_dim, "BLOCK_D": tiles.padded_head_dim(head_dim),
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WHOLE": tile.whole,
         "CAUSAL": causal, "DROPOUT": dropout, "PRECISION": precision,
     }  # fmt: skip
-    if kernel == "backward":
-        constants["WHOLE"] = tile.whole
-    return Configuration(
-        kernel, name, dtype, tuple(constants.items()), tile.num_warps, tile.num_stages
-    )
+    name = f"attention_{way}"
+    return _configuration(name, name, dtype, constants, tile.num_warps, tile.num_stages)
 
 
 def row_operation(kernel: str, dtype: str, columns: int, dropout: bool) -> Configuration:
@@ -111,9 +106,19 @@ def row_operation(kernel: str, dtype: str, columns: int, dropout: bool) -> Confi
     constants["DROPOUT"] = dropout
     if module == "bias_act":
         constants["GELU"] = False
+    if kernel == "bias_act_backward":
+        constants |= {"u": None, "bias": None}
     if kernel == "add_norm_backward":
-        constants |= {"HAS_H": True, "HAS_N": True}
-    return Configuration(module, kernel, dtype, tuple(constants.items()), warps)
+        constants["HAS_DTOTAL"] = True
+    return _configuration(module, kernel, dtype, constants, warps)
+
+
+def _configuration(
+    module: str, kernel: str, dtype: str, constants: dict[str, Any], *resources: int
+) -> Configuration:
+    if not constants["DROPOUT"]:
+        constants["seed"] = None
+    return Configuration(module, kernel, dtype, tuple(constants.items()), *resources)
 
 
 ROW_KERNELS = tuple(
@@ -163,8 +168,6 @@ def _signature(kernel: Any, configuration: Configuration) -> tuple[dict[str, str
     for i, name in enumerate(kernel.arg_names):
         is_stride = name.endswith(("_row", "_head"))
         kind = "constexpr" if name in constants else _TYPES.get(name)
-        if name == "seed" and not constants["DROPOUT"]:
-            kind = "constexpr"  # None
         signature[name] = kind or ("i32" if is_stride else f"*{configuration.dtype}")
         if is_stride or (signature[name].startswith("*") and name != "seed"):
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -180,9 +183,6 @@ def compile_for(configuration: Configuration, target: str) -> Any:
     module = importlib.import_module(f"fasttx.kernels.triton.{configuration.module}")
     kernel = getattr(module, configuration.kernel)
     signature, attributes = _signature(kernel, configuration)
-    constants = dict(configuration.constants)
-    if signature.get("seed") == "constexpr":
-        constants["seed"] = None
     backend, architecture, warp_size, _ = TARGETS[target]
     options = {
         "num_warps": max(1, configuration.num_warps * 32 // warp_size),
@@ -190,7 +190,7 @@ def compile_for(configuration: Configuration, target: str) -> Any:
         "enable_fp_fusion": True,
     }
     return triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
+        ASTSource(kernel, signature, constexprs=dict(configuration.constants), attrs=attributes),
         target=GPUTarget(backend, architecture, warp_size),
         options=options,
     )

@@ -1,47 +1,39 @@
 """bias_act: dropout(act(u + bias)), act relu or gelu (exact, by erf), in one pass each way.
 
-T rows, f columns.
+T rows, d columns.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from fasttx.kernels.triton.device import offsets, row_keep
-from fasttx.kernels.triton.operators import (
-    LAUNCH,
-    dense,
-    derivative,
-    keep_scale,
-    operator,
-)
+from fasttx.kernels.triton.launch import LAUNCH, PARTIAL_SUMS, keep_scale
 from fasttx.kernels.triton.tiles import SMALLEST, power_of_two
 from torch import Tensor
 
-ACTIVATIONS = ("relu", "gelu")
-PARTIAL_SUMS = 256  # programs along the rows of the backward pass, whatever the device
+
+@triton.jit
+def _load(x, row, column, rows, D: tl.constexpr):
+    """(len(row), len(column)) of x (rows, D), in fp32."""
+    mask = (row < rows)[:, None] & (column < D)[None, :]
+    return tl.load(x + offsets(row, column, D), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load(u, bias, row, column, u_row, rows, D: tl.constexpr):
-    """u + bias, in fp32."""
-    inside = column < D
-    mask = (row < rows)[:, None] & inside[None, :]
-    x = tl.load(u + offsets(row, column, u_row), mask=mask, other=0.0).to(tl.float32)
-    return x + tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :], mask
+def _load_vector(x, column, D: tl.constexpr):
+    return tl.load(x + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _activate(x, GELU: tl.constexpr):
     if GELU:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    return tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
+    return tl.where(x <= 0.0, 0.0, x)  # NaN stays NaN
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def bias_act_forward(
-    u, bias, seed, out, u_row, rows, threshold, keep_scale,
+    u, bias, out, rows, threshold, seed, keep_scale,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DROPOUT: tl.constexpr,
     GELU: tl.constexpr,
 ):  # fmt: skip
@@ -50,17 +42,17 @@ def bias_act_forward(
     first_column = tl.program_id(1) * COLUMNS
     row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)
-    x, mask = _load(u, bias, row, column, u_row, rows, D)
-    x = _activate(x, GELU)
+    x = _activate(_load(u, row, column, rows, D) + _load_vector(bias, column, D), GELU)
     if DROPOUT:
         keep = row_keep(tl.load(seed), first_row, first_column, threshold, ROWS, COLUMNS)
         x = tl.where(keep, x * keep_scale, 0.0)
+    mask = (row < rows)[:, None] & (column < D)[None, :]
     tl.store(out + offsets(row, column, D), x.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def bias_act_backward(
-    grad, u, bias, seed, du, sums, grad_row, u_row, rows, threshold, keep_scale,
+    dout, u, bias, out, du, sums, rows, threshold, seed, keep_scale,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DROPOUT: tl.constexpr,
     GELU: tl.constexpr,
 ):  # fmt: skip
@@ -71,16 +63,19 @@ def bias_act_backward(
     dbias = tl.zeros((COLUMNS,), tl.float32)
     for first_row in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row = first_row + tl.arange(0, ROWS)
-        x, mask = _load(u, bias, row, column, u_row, rows, D)
-        g = tl.load(grad + offsets(row, column, grad_row), mask=mask, other=0.0).to(tl.float32)
-        if DROPOUT:
-            keep = row_keep(tl.load(seed), first_row, first_column, threshold, ROWS, COLUMNS)
-            g = tl.where(keep, g * keep_scale, 0.0)
+        g = _load(dout, row, column, rows, D)
         if GELU:
+            if DROPOUT:
+                keep = row_keep(tl.load(seed), first_row, first_column, threshold, ROWS, COLUMNS)
+                g = tl.where(keep, g * keep_scale, 0.0)
+            x = _load(u, row, column, rows, D) + _load_vector(bias, column, D)
             density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
             g *= 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
         else:
-            g = tl.where(x > 0.0, g, 0.0)
+            # out is 0 where relu or dropout let nothing through: no mask is drawn again, and u need
+            # not be kept. A NaN is let through, as torch's relu does.
+            g = tl.where(_load(out, row, column, rows, D) <= 0.0, 0.0, g * keep_scale)
+        mask = (row < rows)[:, None] & (column < D)[None, :]
         tl.store(du + offsets(row, column, D), g.to(du.dtype.element_ty), mask=mask)
         dbias += tl.sum(tl.where(mask, g, 0.0), 0)
     tl.store(sums + program.to(tl.int64) * D + column, dbias, mask=column < D)
@@ -92,70 +87,30 @@ def tile(columns: int) -> dict[str, int]:
     return {"D": columns, "ROWS": 2048 // width, "COLUMNS": width, "num_warps": 4}
 
 
-@operator(
-    "bias_act(Tensor u, Tensor bias, int threshold, Tensor? seed, bool gelu) -> Tensor",
-    fake=lambda u, *rest: u.new_empty(u.shape),
-)
-def bias_act(u: Tensor, bias: Tensor, threshold: int, seed: Tensor | None, gelu: bool) -> Tensor:
-    """(T, f) of u's dtype."""
-    if u.dim() != 2 or bias.shape != u.shape[1:]:
-        raise ValueError(
-            f"u, bias have shapes {tuple(u.shape)}, {tuple(bias.shape)}; expected (T, f), (f,)"
-        )
-    out = u.new_empty(u.shape)
-    if u.numel():
-        u = dense(u)
-        rows, columns = u.shape
-        sizes = tile(columns)
-        grid = (triton.cdiv(rows, sizes["ROWS"]), triton.cdiv(columns, sizes["COLUMNS"]))
-        with torch.cuda.device_of(u):
-            bias_act_forward[grid](
-                u, bias.contiguous(), seed, out, u.stride(0), rows, threshold,
-                keep_scale(threshold), DROPOUT=threshold > 0, GELU=gelu, **sizes, **LAUNCH,
-            )  # fmt: skip
-    return out
-
-
-def _fake_backward(grad: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), u.new_empty(u.shape[1:], dtype=torch.float32)
-
-
-@operator(
-    "bias_act_backward(Tensor grad, Tensor u, Tensor bias, int threshold, Tensor? seed, "
-    "bool gelu) -> (Tensor, Tensor)",
-    fake=_fake_backward,
-)
-def bias_act_gradients(
-    grad: Tensor, u: Tensor, bias: Tensor, threshold: int, seed: Tensor | None, gelu: bool
-) -> tuple[Tensor, Tensor]:
-    """du (T, f) and dbias (f,) fp32."""
-    du, sums = _fake_backward(grad, u)
-    if not u.numel():
-        return du, sums.zero_()
-    grad, u = dense(grad), dense(u)
+def forward(
+    u: Tensor, bias: Tensor, out: Tensor, threshold: int, seed: Tensor | None, gelu: bool
+) -> None:
     rows, columns = u.shape
     sizes = tile(columns)
-    programs = min(PARTIAL_SUMS, triton.cdiv(rows, sizes["ROWS"]))
-    partial = sums.new_empty((programs, columns))
+    grid = (triton.cdiv(rows, sizes["ROWS"]), triton.cdiv(columns, sizes["COLUMNS"]))
     with torch.cuda.device_of(u):
-        bias_act_backward[(programs, triton.cdiv(columns, sizes["COLUMNS"]))](
-            grad, u, bias.contiguous(), seed, du, partial, grad.stride(0), u.stride(0), rows,
-            threshold, keep_scale(threshold), DROPOUT=threshold > 0, GELU=gelu, **sizes, **LAUNCH,
+        bias_act_forward[grid](
+            u, bias, out, rows, threshold, seed, keep_scale(threshold), DROPOUT=threshold > 0,
+            GELU=gelu, **sizes, **LAUNCH,
         )  # fmt: skip
-    return du, partial.sum(0)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    u, bias, threshold, seed, gelu = inputs
-    ctx.save_for_backward(u, bias, seed)
-    ctx.settings = threshold, gelu
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    u, bias, seed = ctx.saved_tensors
-    threshold, gelu = ctx.settings
-    du, dbias = bias_act_gradients(grad, u, bias, threshold, seed, gelu)
-    return du, dbias.to(bias.dtype), None, None, None
-
-
-derivative("bias_act", _save, _gradients)
+def backward(
+    dout: Tensor, u: Tensor | None, bias: Tensor | None, out: Tensor | None, du: Tensor,
+    dbias: Tensor, threshold: int, seed: Tensor | None, gelu: bool,
+) -> None:  # fmt: skip
+    rows, columns = dout.shape
+    sizes = tile(columns)
+    programs = min(PARTIAL_SUMS, triton.cdiv(rows, sizes["ROWS"]))
+    sums = dbias.new_empty((programs, columns))
+    with torch.cuda.device_of(dout):
+        bias_act_backward[(programs, triton.cdiv(columns, sizes["COLUMNS"]))](
+            dout, u, bias, out, du, sums, rows, threshold, seed, keep_scale(threshold),
+            DROPOUT=threshold > 0, GELU=gelu, **sizes, **LAUNCH,
+        )  # fmt: skip
+    torch.sum(sums, 0, out=dbias)

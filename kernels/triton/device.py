@@ -6,10 +6,14 @@ T rows, B sequences, H heads, D head_dim (padded to BLOCK_D inside a kernel).
 import triton
 import triton.language as tl
 
+# Sizes that change from batch to batch: a kernel compiled for one value serves them all.
+SIZES = ["sequences", "heads", "rows", "max_seqlen", "threshold"]
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 PHILOX_ROUNDS = tl.constexpr(7)
 DEAD_ROWS = tl.constexpr(64)  # rows that one clearing program looks at
 _SPANS = tl.constexpr(32)  # sequences it compares them with at a time
-_COLUMNS = tl.constexpr(32)
+_COLUMNS = tl.constexpr(32)  # of a head that it clears at a time: more would cost registers
 
 
 @triton.jit
@@ -36,28 +40,30 @@ def store_rows(x, value, rows, row_stride, end, D: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def dead_rows(first, total, seq_starts, seq_lens, sequences, max_seqlen):
+def dead_rows(first, rows, starts, lens, sequences, max_seqlen):
     """Rows first ... first + DEAD_ROWS, and which of them belong to no sequence."""
-    rows = first + tl.arange(0, DEAD_ROWS)
+    row = first + tl.arange(0, DEAD_ROWS)
     live = tl.zeros((DEAD_ROWS,), tl.int32)
     for i in range(0, sequences, _SPANS):
         sequence = i + tl.arange(0, _SPANS)
         mask = sequence < sequences
-        start = tl.load(seq_starts + sequence, mask=mask, other=0)
-        length = tl.minimum(tl.load(seq_lens + sequence, mask=mask, other=0), max_seqlen)
-        inside = (rows[:, None] >= start[None, :]) & (rows[:, None] < (start + length)[None, :])
+        start = tl.load(starts + sequence, mask=mask, other=0)
+        length = tl.minimum(tl.load(lens + sequence, mask=mask, other=0), max_seqlen)
+        inside = (row[:, None] >= start[None, :]) & (row[:, None] < (start + length)[None, :])
         live = live | tl.max(inside.to(tl.int32), 1)
-    return rows, (live == 0) & (rows < total)
+    return row, (live == 0) & (row < rows)
 
 
 @triton.jit
-def clear_rows(x, rows, dead, row_stride, columns):
-    """Zeros in `columns` contiguous columns of the dead rows. Live rows cost no traffic."""
-    at = x + rows.to(tl.int64)[:, None] * row_stride
+def clear_rows(x, row, dead, row_stride, head_stride, heads, D: tl.constexpr):
+    """Zeros in the dead rows of x (T, H, D). Live rows cost no traffic."""
+    at = x + row.to(tl.int64)[:, None] * row_stride
     zero = tl.zeros((DEAD_ROWS, _COLUMNS), x.dtype.element_ty)
-    for first in range(0, columns, _COLUMNS):
-        column = first + tl.arange(0, _COLUMNS)
-        tl.store(at + column[None, :], zero, mask=dead[:, None] & (column < columns)[None, :])
+    for _ in range(heads):
+        for first in range(0, D, _COLUMNS):
+            column = first + tl.arange(0, _COLUMNS)
+            tl.store(at + column[None, :], zero, mask=dead[:, None] & (column < D)[None, :])
+        at += head_stride
 
 
 @triton.jit

@@ -57,14 +57,14 @@ def padded_head_dim(head_dim: int) -> int:
     return max(SMALLEST, power_of_two(head_dim))
 
 
-def tile(kernel: str, bits: int, head_dim: int, max_seqlen: int, warp_size: int = 32) -> Tile:
+def tile(way: str, bits: int, head_dim: int, max_seqlen: int, warp_size: int = 32) -> Tile:
     """The tile of "forward" or "backward" for a dtype of so many bits."""
-    chosen = _tile(kernel, bits, head_dim, max_seqlen)
+    chosen = _tile(way, bits, head_dim, max_seqlen)
     return chosen._replace(num_warps=max(1, chosen.num_warps * 32 // warp_size))
 
 
-def _tile(kernel: str, bits: int, head_dim: int, max_seqlen: int) -> Tile:
-    table = _FORWARD if kernel == "forward" else _BACKWARD
+def _tile(way: str, bits: int, head_dim: int, max_seqlen: int) -> Tile:
+    table = _FORWARD if way == "forward" else _BACKWARD
     short, beyond = table[bits, padded_head_dim(head_dim)]
     for longest, block_m, num_warps in short:
         if max_seqlen <= longest:

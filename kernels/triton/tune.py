@@ -2,7 +2,7 @@
 
     python -m fasttx.kernels.triton.tune [--dtype bf16] [--head-dim 32] [--rows 65536]
 
-For each length the candidates of both kernels run on full sequences with dropout; the fastest is
+For each length the candidates of both ways run on full sequences with dropout; the fastest is
 printed, with the time of the table's own choice beside it. Times are medians of
 triton.testing.do_bench, which clears the L2 cache between runs. A person edits tiles.py: a table
 that changed by itself would change the bits of every result.
@@ -34,23 +34,30 @@ def candidates(max_seqlen: int) -> Iterator[tiles.Tile]:
 
 
 def measure(
-    kernel: str, tile: tiles.Tile, dtype: torch.dtype, head_dim: int, max_seqlen: int, rows: int,
+    way: str, tile: tiles.Tile, dtype: torch.dtype, head_dim: int, max_seqlen: int, rows: int,
     device: str, timer: Callable[[Callable[[], object]], float],
 ) -> float:  # fmt: skip
-    """What `timer` says of one pass with this tile, milliseconds; inf where it does not compile."""
+    """What `timer` says of one pass (forward, backward) with this tile, in milliseconds.
+
+    inf where it does not fit the device.
+    """
     sequences = max(1, rows // max_seqlen)
     lens = torch.full((sequences,), max_seqlen, dtype=torch.int32, device=device)
     starts = max_seqlen * torch.arange(sequences, dtype=torch.int32, device=device)
     qkv = torch.randn(sequences * max_seqlen, 3, 8, head_dim, device=device, dtype=dtype)
+    q, k, v = qkv.unbind(1)
+    dq, dk, dv = torch.empty_like(qkv).unbind(1)
+    out, dout = torch.empty(q.shape, device=device, dtype=dtype), torch.randn_like(q)
+    lse = torch.empty(q.shape[1::-1], device=device)
     seed = torch.tensor(1, device=device)
     options = (starts, lens, max_seqlen, 6554, seed, False, head_dim**-0.5)
-    out, lse = attention.attention(qkv, *options)
-    grad = torch.randn_like(out)
+    attention.forward(q, k, v, out, lse, *options)
 
-    def run() -> object:
-        if kernel == "forward":
-            return attention.attention(qkv, *options)
-        return attention.attention_backward(grad, qkv, out, lse, *options)
+    def run() -> None:
+        if way == "forward":
+            attention.forward(q, k, v, out, lse, *options)
+        else:
+            attention.backward(dout, q, k, v, out, lse, dq, dk, dv, *options)
 
     try:
         with mock.patch.object(tiles, "tile", return_value=tile):
@@ -71,12 +78,12 @@ def main() -> None:
         return triton.testing.do_bench(function, return_mode="median")
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    for kernel, length in itertools.product(("forward", "backward"), LENGTHS):
+    for way, length in itertools.product(("forward", "backward"), LENGTHS):
         where = (dtype, head_dim, length, arguments.rows, "cuda", timer)
-        now = tiles.tile(kernel, dtype.itemsize * 8, head_dim, length)
-        times = {tile: measure(kernel, tile, *where) for tile in {*candidates(length), now}}
+        now = tiles.tile(way, dtype.itemsize * 8, head_dim, length)
+        times = {tile: measure(way, tile, *where) for tile in {*candidates(length), now}}
         best = min(times, key=lambda tile: times[tile])
-        print(f"{kernel} {length}: {best} {times[best]:.4f} ms; now {now} {times[now]:.4f} ms")
+        print(f"{way} {length}: {best} {times[best]:.4f} ms; now {now} {times[now]:.4f} ms")
 
 
 if __name__ == "__main__":

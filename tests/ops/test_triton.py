@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttx.ops import triton as adapter
+from fasttx.ops import triton
+from fasttx.ops.contract import Spans
+from fasttx.ops.dropout import Dropout
 from fasttx.ops.registry import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,21 +35,21 @@ needs_triton = pytest.mark.skipif(
 
 
 def reasons(head_dim: int = 32) -> list[str]:
-    return adapter.unavailable_reasons(torch.device("cuda"), torch.float32, head_dim)
+    return triton.adapter.unavailable_reasons(torch.device("cuda"), torch.float32, head_dim)
 
 
 @pytest.fixture
 def a_gpu(monkeypatch):
     """Pretends that there is one, of compute capability 9.0, and Triton 3.9."""
-    monkeypatch.setattr(adapter.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(adapter.importlib.metadata, "version", lambda name: "3.9.0")
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton.importlib.metadata, "version", lambda name: "3.9.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
-    adapter._of_triton.cache_clear()
+    triton._of_triton.cache_clear()
     yield monkeypatch
-    adapter._of_triton.cache_clear()
+    triton._of_triton.cache_clear()
 
 
 def test_available_where_everything_is_there(a_gpu):
@@ -68,13 +70,13 @@ def test_too_old_a_device(a_gpu):
 
 
 def test_no_triton(a_gpu):
-    a_gpu.setattr(adapter.importlib.util, "find_spec", lambda name: None)
+    a_gpu.setattr(triton.importlib.util, "find_spec", lambda name: None)
     (reason,) = reasons()
     assert "not installed" in reason and "pip install" in reason
 
 
 def test_too_old_a_triton(a_gpu):
-    a_gpu.setattr(adapter.importlib.metadata, "version", lambda name: "3.1.0")
+    a_gpu.setattr(triton.importlib.metadata, "version", lambda name: "3.1.0")
     (reason,) = reasons()
     assert "Triton 3.1.0 is too old" in reason and "pip install -U" in reason
 
@@ -107,13 +109,13 @@ def interpreted(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     [
         (["ops/test_attention.py"], "triton-cpu and test_float32", 55),
         (["ops/test_attention.py"], "triton-cpu and not test_float32", 150),
-        (["ops/test_rowops.py"], "triton-cpu", 100),
-        (["kernels/test_triton_interpreted.py"], "", 50),
+        (["ops/test_embed.py", "ops/test_add_norm.py", "ops/test_bias_act.py"], "triton-cpu", 220),
+        (["ops/test_fused.py", "kernels/test_triton_interpreted.py"], "triton-cpu or triton_", 40),
     ],
     ids=["attention in float32", "attention otherwise", "row operations", "the rest"],
 )
 def test_interpreted(files, chosen, least):
-    """The equivalence suite over Triton's kernels, and what is particular to them."""
+    """The tests of every backend over Triton's kernels, and what is particular to these."""
     run = interpreted(ROOT, *(f"tests/{name}" for name in files), "-k", chosen)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= least, run.stdout[-1000:]
@@ -122,12 +124,13 @@ def test_interpreted(files, chosen, least):
 # A kernel that is wrong in one place, and a test that must see it.
 MUTATIONS = {
     "a wrong scale": ("attention.py", "scale * LOG2_E", "scale * 1.44"),
-    "a dropped mask": ("forward.py", "p = tl.where(keep, p, 0.0)", "p = p"),
-    "a dropped mask of the backward": ("backward.py", "tl.where(keep, p, 0.0)", "p"),
+    "a dropped mask": ("attention_forward.py", "p = tl.where(keep, p, 0.0)", "p = p"),
+    "a dropped mask of the backward": ("attention_backward.py", "tl.where(keep, p, 0.0)", "p"),
+    "another logarithm": ("attention_forward.py", "tl.log2(sum_)) * LN_2", "tl.log2(sum_))"),
     "a shifted counter": ("device.py", "first_key // 8 + tl", "1 + first_key // 8 + tl"),
-    "a missing delta": ("backward.py", "p * (dp - delta[None, :])", "p * dp"),
+    "a missing delta": ("attention_backward.py", "p * (dp - delta[None, :])", "p * dp"),
     "a tile's own counter": ("device.py", "block = first_key // 8", "block = 0 * first_key // 8"),
-    "dead rows unwritten": ("device.py", "(live == 0) & (rows < total)", "(live == 2)"),
+    "dead rows unwritten": ("device.py", "(live == 0) & (row < rows)", "(live == 2)"),
     "round keys of ten rounds": ("device.py", "tl.constexpr(7)", "tl.constexpr(10)"),
 }
 
@@ -192,14 +195,14 @@ def test_tiles_at_the_edge_of_a_spill(target, head_dim, length, causal, tmp_path
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
-def test_each_block_of_the_generator_is_drawn_once(kernel, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_each_block_of_the_generator_is_drawn_once(way, tmp_path, monkeypatch):
     """Ten wide multiplications a block of eight keys: five rounds of two; two rounds are shared."""
     from fasttx.kernels.triton import aot, tiles
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = aot.compile_for(aot.attention(kernel, "bf16", 32, 256, False, True), "sm_90")
-    tile = tiles.tile(kernel, 16, 32, 256)
+    compiled = aot.compile_for(aot.attention(way, "bf16", 32, 256, False, True), "sm_90")
+    tile = tiles.tile(way, 16, 32, 256)
     blocks = tile.block_m * tile.block_n // 8 // (32 * tile.num_warps)  # of one thread
     found = len(re.findall(r"\bmul\.hi\.u32\b", compiled.asm["ptx"]))
     assert 10 * blocks <= found <= 10 * blocks + 8
@@ -246,11 +249,11 @@ def test_only_takes_what_matches(capsys):
 def test_tiles_cover_every_length():
     from fasttx.kernels.triton import tiles
 
-    for kernel in ("forward", "backward"):
+    for way in ("forward", "backward"):
         for bits in (16, 32):
             for head_dim in range(1, 129):
                 for length in (0, 1, 16, 17, 31, 64, 65, 255, 256, 257, 8192):
-                    tile = tiles.tile(kernel, bits, head_dim, length)
+                    tile = tiles.tile(way, bits, head_dim, length)
                     sizes = (tile.block_m, tile.block_n, tile.num_warps)
                     assert all(n & (n - 1) == 0 for n in sizes)
                     assert min(tile.block_m, tile.block_n) >= 16
@@ -263,15 +266,17 @@ def test_tiles_cover_every_length():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_draws_new_masks():
     """The seed is read on the device: a replay with another seed is another mask."""
+    operations = triton.adapter.operations
     qkv = torch.randn(300, 3, 8, 32, device="cuda", dtype=torch.bfloat16)
     starts, lens = torch.tensor([[0, 100], [100, 200]], dtype=torch.int32, device="cuda")
+    spans = Spans.of(starts, lens, 200, len(qkv))
     seed = torch.tensor(1, device="cuda")
-    options = {"max_seqlen": 200, "dropout_p": 0.1, "seed": seed}
-    adapter.attention(qkv, starts, lens, **options)  # compiled before the capture
+    dropout = Dropout.of(0.1, seed)
+    operations.attention(qkv, spans, dropout)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = adapter.attention(qkv, starts, lens, **options)
+        captured = operations.attention(qkv, spans, dropout)
     for number in (1, 2):
         seed.fill_(number)
         graph.replay()
-        assert torch.equal(captured, adapter.attention(qkv, starts, lens, **options))
+        assert torch.equal(captured, operations.attention(qkv, spans, dropout))
