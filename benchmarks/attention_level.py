@@ -1,146 +1,194 @@
-"""The question of attention alone: one layer of it, forward or with backward."""
+"""The question of attention alone: one layer of it, forward or with backward.
+
+B texts, T tokens (rows), H heads, D head_dim, L padded length.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from contest import Contest, Unavailable, backends, check_dropout, check_same
+import torch.nn.functional as F
+from attention_peers import ATTENTION_PEERS, AttentionPeer, Batch, Wanted
+from contest import Contest, Expected, backends, check_dropout, require, verified_texts
 from limit import Limit, Work
-from peers import ATTENTION_PEERS, AttentionPeer, Batch
 from torch import Tensor
+from workload import Setting
 
-from fasttx.config import ModelConfig
-from fasttx.ops import reference
+from fasttx.ops.contract import Spans
+from fasttx.ops.dropout import Dropout
 from fasttx.ops.registry import Backend
+from fasttx.testing import AttentionCase
+
+SLACK = 128
+Outcome = tuple[Tensor, ...]  # the output (T, H, D); with backward also the gradient of qkv
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Attention:
-    """One layer's attention on packed rows; what all its contestants share."""
+    """One layer's attention on packed texts; what all its contestants share."""
 
-    cu_seqlens: list[Tensor]  # of each input
-    lengths: list[list[int]]
-    config: ModelConfig
-    device: torch.device
-    dtype: torch.dtype
+    setting: Setting
+    lengths: list[list[int]]  # of each input's texts
     p: float
     backward: bool
 
     @property
     def head_dim(self) -> int:
-        return self.config.d_model // self.config.num_heads
+        return self.setting.config.d_model // self.setting.config.num_heads
 
     @functools.cached_property
-    def rows(self) -> list[tuple[Tensor, Tensor]]:
+    def inputs(self) -> list[tuple[Tensor, Tensor]]:
         """qkv (T, 3, H, D) and the output's gradient (T, H, D) of each input, never zeros."""
         generator = torch.Generator().manual_seed(0)
+        heads = (self.setting.config.num_heads, self.head_dim)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+            x = torch.randn(shape, generator=generator)
+            return x.to(self.setting.device, self.setting.dtype)
 
-        heads = (self.config.num_heads, self.head_dim)
         return [(draw(sum(n), 3, *heads), draw(sum(n), *heads)) for n in self.lengths]
 
     @functools.cached_property
-    def expected(self) -> list[Tensor]:
-        """The reference's outcome on input 0, without dropout, in fp32 on its own fp32 inputs."""
-        qkv, grad = (x.float() for x in self.rows[0])
-        return self.outcome(functools.partial(self.call, reference.attention, 0, p=0.0), qkv, grad)
+    def cu_seqlens(self) -> list[Tensor]:
+        """(B + 1,) int32 of each input."""
+        bounds = [torch.tensor([0, *np.cumsum(n)], dtype=torch.int32) for n in self.lengths]
+        return [cu.to(self.setting.device) for cu in bounds]
 
     @functools.cached_property
-    def spans(self) -> list[dict[str, Any]]:
-        """Where the texts of each input lie, as a backend takes it."""
-        return [
-            {"seq_starts": cu[:-1], "seq_lens": cu.diff(), "max_seqlen": max(n)}
-            for cu, n in zip(self.cu_seqlens, self.lengths, strict=True)
-        ]
+    def first(self) -> FirstTexts:
+        lens = self.lengths[0][: verified_texts(self.lengths[0])]
+        shape = (self.setting.config.num_heads, self.head_dim)
+        return FirstTexts("first texts", tuple(lens), *shape, given=self.inputs[0])
 
-    def call(self, attention: Any, i: int, qkv: Tensor, *, p: float, seed: int = 0) -> Tensor:
-        at = torch.tensor(seed, device=self.device) if p else None
-        return attention(qkv, **self.spans[i], dropout_p=p, seed=at)
+    @functools.cached_property
+    def expected(self) -> Expected:
+        return self.first.expected(self.setting.dtype)
 
-    def outcome(self, attend: Any, qkv: Tensor, grad: Tensor) -> list[Tensor]:
-        """The output, and with backward the gradient of qkv."""
-        qkv = qkv.detach().requires_grad_(self.backward)
-        out = attend(qkv)
-        gradients = torch.autograd.grad(out, qkv, grad) if self.backward else ()
-        return [x.detach() for x in (out, *gradients)]
+    @functools.cached_property
+    def expected_with_dropout(self) -> Expected:
+        """By the masks that backends share, of seed 1."""
+        return self.first.expected(self.setting.dtype, self.p, seed=1)
 
 
-class BackendAttention:
-    """A backend's attention, on qkv read in place."""
+@dataclass(frozen=True, eq=False)
+class FirstTexts(AttentionCase):
+    """The first texts of an input. No text depends on the others, so a contestant computes all."""
 
-    def __init__(self, name: str, backend: Backend, work: Attention) -> None:
-        self.name, self.backend, self.work = name, backend, work
-        self.note = "torch's own dropout masks" if backend.dropout == "torch" and work.p else ""
+    given: tuple[Tensor, Tensor] = ()
 
-    def prepare(self) -> None:
-        work = self.work
-        reasons = self.backend.unavailable_reasons(work.device, work.dtype, work.head_dim)
-        if reasons:
-            raise Unavailable("; ".join(reasons))
-        self.attention = self.backend.adapter().attention
-        self.inputs = [(q.clone().requires_grad_(work.backward), g) for q, g in work.rows]
-        self.seeds = [torch.tensor(i, device=work.device) for i in range(len(work.rows))]
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        qkv, grad = (x[: self.total].to("cpu", dtype) for x in self.given)
+        return qkv, grad
 
-    def verify(self) -> None:
-        work, (qkv, grad) = self.work, self.work.rows[0]
-        attend = functools.partial(work.call, self.attention, 0)
-        plain = work.outcome(functools.partial(attend, p=0.0), qkv, grad)
-        for what, mine, theirs in zip(("out", "dqkv"), plain, work.expected, strict=False):
-            check_same(self.name, what, mine, theirs, work.dtype)
-        if not work.p:
-            return
-        dropped = [work.outcome(functools.partial(attend, p=work.p, seed=s), qkv, grad)
-                   for s in (1, 2)]  # fmt: skip
-        check_dropout(self.name, plain[0], dropped[0][0], dropped[1][0])
-        if self.backend.dropout == "shared":
-            masked = functools.partial(work.call, reference.attention, 0, p=work.p, seed=1)
-            expected = work.outcome(masked, qkv.float(), grad.float())
-            for what, mine, theirs in zip(("out", "dqkv"), dropped[0], expected, strict=False):
-                check_same(self.name, f"{what} with dropout", mine, theirs, work.dtype)
+    def expected(self, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Expected:
+        exact, plain = (self.define(dtype, wide, p, seed) for wide in (torch.float64, dtype))
+        return Expected(exact, plain, dtype)
+
+    def of(self, outcome: Outcome) -> dict[str, Tensor]:
+        """Their part of an outcome, by the names of `define`."""
+        out, *dqkv = (x[: self.total] for x in outcome)
+        values = (out, *(x for packed in dqkv for x in packed.unbind(1)))
+        return dict(zip(("out", "dq", "dk", "dv"), values, strict=False))
+
+
+class _Contestant:
+    """Subclasses say how an outcome is computed, and how it is brought into the packed form."""
+
+    shares_masks = False
+
+    def __init__(self, name: str, work: Attention, note: str) -> None:
+        self.name, self.work, self.note = name, work, note
+
+    def run(self, i: int, p: float, seed: int) -> Outcome:
+        raise NotImplementedError
+
+    def packed(self, outcome: Outcome) -> Outcome:
+        return outcome
 
     def step(self, i: int) -> object:
-        work, (qkv, grad) = self.work, self.inputs[i]
-        seed = self.seeds[i] if work.p else None
-        with torch.set_grad_enabled(work.backward):
-            out = self.attention(qkv, **work.spans[i], dropout_p=work.p, seed=seed)
-            return torch.autograd.grad(out, qkv, grad) if work.backward else out
+        return self.run(i, self.work.p, i)
+
+    def verify(self) -> None:
+        work = self.work
+
+        def outcome(p: float, seed: int) -> Outcome:
+            return self.packed(tuple(x.detach() for x in self.run(0, p, seed)))
+
+        without = outcome(0.0, 0)
+        work.expected.check(self.name, work.first.of(without))
+        if work.p and "no dropout" not in self.note:
+            once, again = outcome(work.p, 1), outcome(work.p, 2)
+            check_dropout(self.name, without[0], once[0], again[0])
+            if self.shares_masks:
+                who = f"{self.name}, with dropout"
+                work.expected_with_dropout.check(who, work.first.of(once))
 
 
-class PeerAttention:
-    """A peer's attention, on inputs in the form that suits it."""
+class BackendAttention(_Contestant):
+    """A backend's attention, on qkv read in place."""
 
-    def __init__(self, name: str, peer: AttentionPeer, work: Attention) -> None:
-        self.name, self.peer, self.work, self.note = name, peer, work, peer.note
+    def __init__(self, name: str, work: Attention, backend: Backend) -> None:
+        self.backend, self.shares_masks = backend, backend.dropout == "shared"
+        own = work.p and not self.shares_masks
+        super().__init__(name, work, "torch's own dropout masks" if own else "")
 
     def prepare(self) -> None:
-        work = self.work
-        reasons = self.peer.unavailable(work.device, work.dtype, work.p, work.backward)
-        if reasons:
-            raise Unavailable("; ".join(reasons))
+        work, setting = self.work, self.work.setting
+        reasons = self.backend.unavailable_reasons(setting.device, setting.dtype, work.head_dim)
+        require(reasons)
+        self.attention = self.backend.operations.attention
+        self.inputs = [(qkv.clone().requires_grad_(work.backward), g) for qkv, g in work.inputs]
+        self.spans = [
+            Spans.from_cu_seqlens(cu, max(n), sum(n))
+            for cu, n in zip(work.cu_seqlens, work.lengths, strict=True)
+        ]
+        count = max(3, len(work.inputs))
+        self.seeds = [torch.tensor(i, device=setting.device) for i in range(count)]
+
+    def run(self, i: int, p: float, seed: int) -> Outcome:
+        qkv, grad = self.inputs[i]
+        with torch.set_grad_enabled(self.work.backward):
+            out = self.attention(qkv, self.spans[i], Dropout.of(p, self.seeds[seed]))
+            return (out, *torch.autograd.grad(out, qkv, grad)) if self.work.backward else (out,)
+
+
+class PeerAttention(_Contestant):
+    """A peer's attention, on inputs in the form that suits it."""
+
+    def __init__(self, name: str, work: Attention, peer: AttentionPeer) -> None:
+        super().__init__(name, work, peer.note)
+        self.peer = peer
+
+    def prepare(self) -> None:
+        work, padded = self.work, self.peer.padded
+        setting = work.setting
+        wanted = Wanted(setting.device, setting.dtype, work.p, work.backward)
+        require(self.peer.unavailable(wanted))
         self.batches, self.grads = [], []
-        for (qkv, grad), cu, lengths in zip(work.rows, work.cu_seqlens, work.lengths, strict=True):
+        for (qkv, grad), cu, lengths in zip(
+            work.inputs, work.cu_seqlens, work.lengths, strict=True
+        ):
             longest = max(lengths)
-            real = torch.arange(longest, device=work.device) < cu.diff()[:, None]
-            packed = qkv.clone().requires_grad_(work.backward and not self.peer.padded)
-            rows = qkv.new_zeros(3, *real.shape, *qkv.shape[2:])
-            rows[:, real] = qkv.transpose(0, 1)
-            rows = rows.transpose(2, 3).contiguous()
-            rows.requires_grad_(work.backward and self.peer.padded)
-            self.batches.append(Batch(packed, cu, longest, rows, real))
-            if self.peer.padded:
-                wide = grad.new_zeros(*real.shape, *grad.shape[1:])
-                wide[real] = grad
-                grad = wide.transpose(1, 2)
+            real = torch.arange(longest, device=setting.device) < cu.diff()[:, None]
+            # FlexAttention reads past the last row on the CPU (torch 2.13): zeros lie there.
+            packed = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, SLACK))[: len(qkv)]
+            packed = packed.detach().requires_grad_(work.backward and not padded)
+            wide = qkv.new_zeros(3, *real.shape, *qkv.shape[2:])
+            wide[:, real] = qkv.transpose(0, 1)
+            wide = wide.transpose(2, 3).contiguous().requires_grad_(work.backward and padded)
+            self.batches.append(Batch(packed, cu, longest, wide, real))
+            if padded:
+                packed_grad, grad = grad, grad.new_zeros(*real.shape, *grad.shape[1:])
+                grad[real] = packed_grad
+                grad = grad.transpose(1, 2)
             self.grads.append(grad)
 
-    def _run(self, i: int, p: float) -> tuple[Tensor, ...]:
+    def run(self, i: int, p: float, seed: int) -> Outcome:
         batch = self.batches[i]
         with torch.set_grad_enabled(self.work.backward):
             out = self.peer.attend(batch, p)
@@ -149,21 +197,12 @@ class PeerAttention:
             leaf = batch.padded if self.peer.padded else batch.packed
             return (out, *torch.autograd.grad(out, leaf, self.grads[i]))
 
-    def verify(self) -> None:
+    def packed(self, outcome: Outcome) -> Outcome:
+        if not self.peer.padded:
+            return outcome
         real = self.batches[0].real
-        plain = [x.detach() for x in self._run(0, 0.0)]
-        packed = plain
-        if self.peer.padded:
-            packed = [x.transpose(-3, -2)[..., real, :, :] for x in plain]
-            packed[1:] = [x.transpose(0, 1) for x in packed[1:]]
-        for what, mine, theirs in zip(("out", "dqkv"), packed, self.work.expected, strict=False):
-            check_same(self.name, what, mine, theirs, self.work.dtype)
-        if self.work.p and not self.note:
-            once, again = (self._run(0, self.work.p)[0].detach() for _ in range(2))
-            check_dropout(self.name, plain[0], once, again)
-
-    def step(self, i: int) -> object:
-        return self._run(i, self.work.p)
+        out, *dqkv = (x.transpose(-3, -2)[..., real, :, :] for x in outcome)
+        return (out, *(x.transpose(0, 1) for x in dqkv))
 
 
 def attention_names() -> list[str]:
@@ -171,28 +210,32 @@ def attention_names() -> list[str]:
 
 
 def attention(
-    lengths: Sequence[Sequence[int]], config: ModelConfig, device: torch.device, *,
-    dtype: torch.dtype = torch.float32, p: float = 0.1, backward: bool = True, what: str,
+    setting: Setting, lengths: Sequence[Sequence[int]], what: str, *, p: float = 0.1,
+    backward: bool = True,
 ) -> Contest:  # fmt: skip
     """One layer's attention on each input's texts of these lengths; forward, or with backward."""
-    work = Attention(
-        [torch.tensor([0, *np.cumsum(n)], dtype=torch.int32, device=device) for n in lengths],
-        [list(n) for n in lengths], config, device, dtype, p, backward,
-    )  # fmt: skip
-    entrants: dict[str, Any] = {
-        name: PeerAttention(name, peer, work) for name, peer in ATTENTION_PEERS.items()
-    }
-    for name, backend in backends().items():
-        entrants[name] = BackendAttention(name, backend, work)
-    itemsize = torch.empty((), dtype=dtype).element_size()
-    ideal = [Work.of_attention(config, n, backward, itemsize) for n in work.lengths]
+    work = Attention(setting, [list(n) for n in lengths], p, backward)
+    peers = {name: PeerAttention(name, work, peer) for name, peer in ATTENTION_PEERS.items()}
+    ours = {name: BackendAttention(name, work, backend) for name, backend in backends().items()}
+    ideal = [
+        Work.of_attention(setting.config, n, backward, setting.dtype.itemsize) for n in work.lengths
+    ]
     passes = "forward + backward" if backward else "forward"
+    dtype = str(setting.dtype).removeprefix("torch.")
+    facts = {
+        "level": "attention", "texts": len(lengths[0]), "lengths": what, "p": p,
+        "tokens": float(np.mean([sum(n) for n in lengths])), "backward": backward, "dtype": dtype,
+    }  # fmt: skip
     return Contest(
-        f"attention, {passes}, {len(lengths[0])} texts, {what}, p = {p:g}, "
-        f"{str(dtype).removeprefix('torch.')}, {config.num_heads} heads of {work.head_dim}",
-        device, len(lengths), len(lengths[0]), entrants, Limit(ideal, device, dtype),
-        warmup=len(lengths),
-        facts={"level": "attention", "texts": len(lengths[0]), "lengths": what, "p": p,
-               "tokens": float(np.mean([sum(n) for n in lengths])), "backward": backward,
-               "dtype": str(dtype).removeprefix("torch.")},
+        f"attention, {passes}, {len(lengths[0])} texts, {what}, p = {p:g}, {dtype}, "
+        f"{setting.config.num_heads} heads of {work.head_dim}",
+        setting.device, len(lengths), len(lengths[0]), {**peers, **ours},
+        Limit(ideal, setting.device, setting.dtype), len(lengths), facts,
     )  # fmt: skip
+
+
+def on_reviews(setting: Setting, batch_size: int, *, inputs: int = 3, **options: Any) -> Contest:
+    """The same on batches of reviews."""
+    size = setting.of(batch_size)
+    ids, what = setting.texts(inputs * size)
+    return attention(setting, ids.lengths.reshape(inputs, size).tolist(), what, **options)

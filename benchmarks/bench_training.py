@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import model_level
 import pytest
-from contest import Unavailable
+from contest import Contest, require
 from side_by_side import available_mb
-from workload import FULL
+from workload import Setting
 
-PADDED_MB = 65  # what a text's share of a padded peer's step takes, at 256 tokens
+PADDED_MB = 65  # a text's share of the memory of a padded peer's step, at 256 tokens
 
 
-def step(batch_size: int, setting: Any) -> Any:
-    scale = setting.scale
-    needed, there = PADDED_MB * scale.of(batch_size), available_mb(setting.device)
-    if scale is FULL and needed > there:
-        raise Unavailable(f"{there:,.0f} MB are free; padded peers need {needed:,.0f} MB for this")
-    ids, what = setting.ids(4 * scale.of(batch_size))
-    return model_level.training(ids, scale.of(batch_size), scale.config, setting.device, what=what)
+def step(batch_size: int, setting: Setting) -> Contest:
+    needed, there = PADDED_MB * setting.of(batch_size), available_mb(setting.device)
+    if setting.divisor == 1 and needed > there:
+        require([f"{there:,.0f} MB are free; padded peers need {needed:,.0f} MB for this"])
+    return model_level.training(setting, batch_size)
 
 
 CONTESTS = [

@@ -7,42 +7,24 @@ after the run, and the figures in the saved JSON, are from there.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import figures
 import pytest
 import side_by_side
-import torch
 from contest import Contest, Unavailable
-from workload import FULL, SMALL, Scale, review_ids
+from workload import Setting
 
 from fasttx import device as devices
-from fasttx.text.packing import RaggedIds
 
 SECONDS = 10.0  # a contest's rounds side by side, three at least
 
 reports = pytest.StashKey[list[str]]()
 remarks = pytest.StashKey[list[str]]()
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a contest is made for: device, scale, and texts."""
-
-    device: torch.device
-    scale: Scale
-    data: str | None
-
-    @functools.cache  # noqa: B019  (one Setting a run)
-    def ids(self, count: int) -> tuple[RaggedIds, str]:
-        """`count` texts as token ids, and where they come from."""
-        return review_ids(self.data, count, self.scale.config)
 
 
 # ------------------------------------------------------------------------------- saving, comparing
@@ -95,8 +77,8 @@ def pytest_benchmark_compare_machine_info(
 def setting(pytestconfig: pytest.Config) -> Setting:
     """Full size where times are taken; small where pytest-benchmark is told not to."""
     if pytestconfig._benchmarksession.disabled:
-        return Setting(devices.pick(), SMALL, None)
-    return Setting(devices.pick(), FULL, os.environ.get("FASTTX_DATA"))
+        return Setting.small(devices.pick())
+    return Setting(devices.pick(), os.environ.get("FASTTX_DATA"))
 
 
 @pytest.fixture(scope="module")

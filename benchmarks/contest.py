@@ -1,29 +1,22 @@
-"""What is timed: a contest is one question, its inputs, and who may answer it."""
+"""What is timed: a contest is one question, its inputs, and the contestants that may answer it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fasttx.ops.registry import BACKENDS, Backend
+from fasttx.testing import Measure, length
 
 if TYPE_CHECKING:
     from limit import Limit
 
-# How far an outcome may be from the reference's, in the norm; beyond, it is another function's.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-
-
-# The dtype that each precision of a model multiplies in.
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+VERIFIED_TOKENS = 2048  # of an input: float64 takes a second or two for them on a CPU
 
 
 def backends() -> dict[str, Backend]:
@@ -33,6 +26,12 @@ def backends() -> dict[str, Backend]:
 
 class Unavailable(Exception):
     """A contestant cannot take part here; the message gives its reasons."""
+
+
+def require(reasons: Sequence[str]) -> None:
+    """Raises Unavailable if there is a reason."""
+    if reasons:
+        raise Unavailable("; ".join(reasons))
 
 
 class Contestant(Protocol):
@@ -52,9 +51,9 @@ class Contestant(Protocol):
 
 @dataclass
 class Contest:
-    """One question. `samples` are done a step; inputs 0 ... `inputs` - 1 take turns.
+    """One question. A step does `samples` texts; inputs 0 ... `inputs` - 1 take turns.
 
-    facts: what the question is, for those who read saved figures.
+    facts: what the question is, for readers of saved figures.
     """
 
     title: str
@@ -65,7 +64,7 @@ class Contest:
     limit: Limit | None = None
     warmup: int = 2  # untimed steps before the first timed one
     facts: dict[str, Any] = field(default_factory=dict)
-    infos: dict[str, dict[str, Any]] = field(default_factory=dict)  # by who was timed
+    infos: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the contestant's name
     entered: dict[str, Contestant] = field(default_factory=dict)
 
     def enter(self, name: str) -> Contestant:
@@ -78,22 +77,34 @@ class Contest:
         return self.entered[name]
 
 
-def check_same(name: str, what: str, mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
-    """Raises AssertionError where `mine` is not the reference's outcome, up to rounding."""
-    assert mine.shape == theirs.shape, (
-        f"{name}: {what} has shape {tuple(mine.shape)}; the reference's is {tuple(theirs.shape)}"
-    )
-    mine, theirs = mine.detach().float(), theirs.detach().float()
-    error = float((mine - theirs).norm() / theirs.norm().clamp(min=1e-30))
-    assert error <= TOLERANCE[dtype], (
-        f"{name}: {what} is {error:.2g} from the reference's (relative, in the norm); "
-        f"{TOLERANCE[dtype]:g} is rounding. It computes something else, or rounds more (small "
-        "models do, in half precision), so it is not timed"
-    )
+class Expected:
+    """Exact values by name, and how far off a contestant's may be: the rule of `fasttx.testing`.
+
+    Each value is measured by its own length: gradients can be much smaller than outputs.
+    """
+
+    def __init__(
+        self, exact: dict[str, Tensor], plain: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        self.measures = {
+            name: Measure.of({name: x}, {name: plain[name]}, dtype, norm=length)
+            for name, x in exact.items()
+        }
+
+    def check(self, who: str, actual: dict[str, Tensor]) -> None:
+        """Raises AssertionError where one of these values is too far off."""
+        found = [self.measures[name].compare(f"{who}:", {name: x}) for name, x in actual.items()]
+        failures = [line for outcome in found for line in outcome.failures]
+        assert not failures, "; ".join(failures)
 
 
-def check_dropout(name: str, without: Tensor, once: Tensor, again: Tensor) -> None:
+def verified_texts(lengths: Sequence[int]) -> int:
+    """How many texts of an input, from its first one on, are held to float64."""
+    return max(1, int((np.cumsum(lengths) <= VERIFIED_TOKENS).sum()))
+
+
+def check_dropout(who: str, without: Tensor, once: Tensor, again: Tensor) -> None:
     """Raises AssertionError where dropout is asked for and nothing is dropped at random."""
-    assert once.isfinite().all(), f"{name}: with dropout the outcome is not finite"
-    assert not torch.equal(once, without), f"{name}: dropout is asked for and changes nothing"
-    assert not torch.equal(once, again), f"{name}: two steps drop the same"
+    assert once.isfinite().all(), f"{who}: with dropout the outcome is not finite"
+    assert not torch.equal(once, without), f"{who}: dropout is asked for and changes nothing"
+    assert not torch.equal(once, again), f"{who}: two steps drop the same"

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from contest import Contest, Unavailable
-from peers import missing
+from contest import Contest, require
+from model_peers import missing
 from torch.nn.utils.rnn import pad_sequence
-from workload import reviews
+from workload import Setting, reviews
 
-from fasttx.config import ModelConfig
 from fasttx.text import demo
-from fasttx.text.packing import RaggedIds, pack
+from fasttx.text.packing import pack
 from fasttx.text.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -42,14 +41,15 @@ class Work:
 TOKENISERS = ("tokenizers", "fasttx")
 
 
-def tokenising(data: str | None, texts: int, config: ModelConfig) -> Contest:
-    """`texts` texts a step, from str to ids of the same vocabulary. `tokenizers` is Rust."""
-    if data:
-        corpus, what = reviews(data, 2 * texts), "real reviews"
+def tokenising(setting: Setting, count: int) -> Contest:
+    """`count` texts a step, from str to ids of the same vocabulary. `tokenizers` is Rust."""
+    texts = setting.of(count)
+    if setting.data:
+        corpus, what = reviews(setting.data, 2 * texts), "real reviews"
     else:
         corpus, what = demo.corpus(train=2 * texts, test=0)[0], "the demo corpus"
     inputs = [corpus[:texts], corpus[texts:]]
-    tokenizer = Tokenizer.train(corpus, config.vocab_size)
+    tokenizer = Tokenizer.train(corpus, setting.config.vocab_size)
 
     def expected(i: int) -> list[list[int]]:
         return [tokenizer.encode(text) for text in inputs[i]]
@@ -58,8 +58,7 @@ def tokenising(data: str | None, texts: int, config: ModelConfig) -> Contest:
         return lambda i: tokenizer.encode_batch(inputs[i])
 
     def rust() -> Any:
-        if reasons := missing("tokenizers", "tokenizers"):
-            raise Unavailable("; ".join(reasons))
+        require(missing("tokenizers", "tokenizers"))
         from tokenizers import Tokenizer as RustTokenizer
 
         with tempfile.TemporaryDirectory() as folder:
@@ -82,10 +81,11 @@ def tokenising(data: str | None, texts: int, config: ModelConfig) -> Contest:
 BATCHERS = ("pad_sequence", "fasttx")
 
 
-def batching(ids: RaggedIds, batch_size: int, what: str) -> Contest:
+def batching(setting: Setting, batch_size: int, *, inputs: int = 8) -> Contest:
     """Token ids of random texts to one batch: padded by torch, packed by fasttx."""
-    order = np.random.default_rng(2).permutation(len(ids))
-    chosen = [order[i : i + batch_size] for i in range(0, len(ids), batch_size)]
+    size = setting.of(batch_size)
+    ids, what = setting.texts(inputs * size)
+    chosen = np.random.default_rng(2).permutation(len(ids)).reshape(inputs, size)
     rows = [torch.from_numpy(ids[i].astype(np.int64)) for i in range(len(ids))]
 
     def expected(i: int) -> list[int]:
@@ -102,6 +102,6 @@ def batching(ids: RaggedIds, batch_size: int, what: str) -> Contest:
             lambda batch: batch.input_ids.tolist(), expected, "packed",
         ),
     }  # fmt: skip
-    facts = {"level": "batch", "batch": batch_size, "lengths": what}
-    title = f"lay out a batch of {batch_size}, {what}"
-    return Contest(title, CPU, len(chosen), batch_size, entrants, facts=facts)
+    facts = {"level": "batch", "batch": size, "lengths": what}
+    title = f"lay out a batch of {size}, {what}"
+    return Contest(title, CPU, inputs, size, entrants, facts=facts)

@@ -21,8 +21,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,47 +35,33 @@ import side_by_side
 import torch
 from contest import Contest, Contestant, Unavailable
 from figures import Row, environment, limit_line, table
-from torch import Tensor
-from workload import FULL, SMALL, review_ids
+from workload import Setting
 
 from fasttx import device as devices
-from fasttx.ops import reference
 from fasttx.ops.registry import BACKENDS, Backend
-from fasttx.text.packing import RaggedIds
+from fasttx.testing import AttentionCase, Case, dropout_of, measure, quick_cases
 
 # With it each tensor is an allocation of its own, and whoever reads past its end is seen.
 UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING=1"
 ROOT = Path(__file__).resolve().parents[1]
 LINES = 60
-# How many times the reference's own error, output and gradient, and how many roundings of the
-# largest value beside: as tests/equivalence.py has it.
-ALLOWED = {torch.float32: (4, 4), torch.float16: (2, 3), torch.bfloat16: (2, 3)}
-ROUNDINGS = {torch.float32: 8, torch.float16: 1, torch.bfloat16: 1}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Lengths of sequences and a head size; None: those of the reviews at hand."""
-
-    name: str
-    lengths: tuple[int, ...] | None
-    head_dim: int = 32
-    causal: bool = False
-
-
-# Every kind of kernel there is: single-pass and online, causal, padded heads, large heads.
-SHAPES = (
-    Shape("reviews", None),
-    Shape("odd", (17, 1, 0, 31, 2, 7), head_dim=20, causal=True),
-    Shape("long", (255, 256, 300)),
-    Shape("long causal", (300, 33), causal=True),
-    Shape("64", (127, 128, 65), head_dim=64),
-    Shape("128", (65, 17), head_dim=128),
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Every kind of attention kernel there is: single-pass and online, causal, padded and large heads.
+# The rows that belong to no sequence hold NaN.
+ATTENTION = tuple(
+    AttentionCase(name, lens, rows=sum(lens) + 7, dead=math.nan, head_dim=head_dim, causal=causal)
+    for name, lens, head_dim, causal in (
+        ("odd", (17, 1, 0, 31, 2, 7), 20, True),
+        ("long", (255, 256, 300), 32, False),
+        ("long", (300, 33), 32, True),
+        ("heads of 64", (127, 128, 65), 64, False),
+        ("heads of 128", (65, 17), 128, False),
+    )
 )
 
 
 class Report:
-    """Lines, at most LINES of them, and a clock that says what there is still time for."""
+    """Lines, at most LINES of them, and a clock that says for what there is time left."""
 
     def __init__(self, seconds: float) -> None:
         self.lines: list[str] = []
@@ -164,89 +151,50 @@ def sanitizer(report: Report, device: torch.device) -> None:
 
 
 def once(name: str) -> None:
-    """One small pass of all that a backend has, in each dtype, for the sanitizer."""
-    device, adapter = devices.pick(), BACKENDS[name].adapter()
-    for dtype in BACKENDS[name].dtypes:
-        for shape in (Shape("whole rows", (33, 1, 0, 17)), Shape("online", (300, 5), causal=True)):
-            outcome(adapter.attention, shape, device, dtype, 0.1)
-        h, y, bias = (torch.randn(n, device=device, dtype=dtype, requires_grad=True)
-                      for n in ((37, 72), (37, 72), (72,)))  # fmt: skip
-        ids, seed = torch.arange(37, device=device) % 11, torch.tensor(7, device=device)
-        rows = adapter.rowops
-        total = rows.embed(ids, ids.int(), h, y.detach(), 0.1, seed).sum()
-        total = total + sum(x.sum() for x in rows.add_norm(h, y, bias, bias, bias, 0.1, seed))
-        (total + rows.bias_act(y, bias, 0.1, seed).sum()).backward()
+    """One small pass of all operations of a backend, in each dtype, for the sanitizer."""
+    device, backend = devices.pick(), BACKENDS[name]
+    dropout = dropout_of(0.1, device)
+    online = AttentionCase("online", (300, 5), head_dim=32, causal=True)
+    for dtype in backend.dtypes:
+        for case in (online, *quick_cases(head_dim=32)):
+            case.run(backend.operations, device, dtype, dropout)
     devices.synchronize(device)
 
 
-def outcome(
-    attention: Any, shape: Shape, device: torch.device, dtype: torch.dtype, p: float,
-    rounded: torch.dtype | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """Output and gradient of qkv for the same drawn inputs, which `rounded` rounds first. The last
-    seven rows belong to no sequence, and hold NaN."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, heads = sum(shape.lengths), FULL.config.num_heads
-    qkv = torch.randn(tokens + 7, 3, heads, shape.head_dim, generator=generator)
-    grad = torch.randn(tokens + 7, heads, shape.head_dim, generator=generator)
-    qkv[tokens:], grad[tokens:] = math.nan, math.nan
-    qkv, grad = (x.to(device, rounded or dtype).to(dtype) for x in (qkv, grad))
-    qkv.requires_grad_()
-    lens = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
-    starts = (lens.cumsum(0) - lens).int()
-    out = attention(
-        qkv, starts, lens, max_seqlen=max(shape.lengths), dropout_p=p,
-        seed=torch.tensor(7, device=device), causal=shape.causal,
-    )  # fmt: skip
-    return [out.detach(), *torch.autograd.grad(out, qkv, grad)]
+def errors(report: Report, backend: Backend, cases: Iterable[Case], device: torch.device) -> None:
+    """How many times plain torch's own error in that dtype, against float64, output / gradient.
 
-
-def errors(
-    report: Report, backend: Backend, reviews: list[int], device: torch.device,
-    shapes: Sequence[Shape] = SHAPES,
-) -> None:  # fmt: skip
-    """How many times the reference's own error in that dtype, against float64, output / gradient:
-    the largest over the shapes. With dropout where the masks are shared.
+    The largest over the cases, and which of them is beyond what `fasttx.testing` allows. With
+    dropout where the masks are shared.
     """
     p = 0.1 if backend.dropout == "shared" else 0.0
-    if device.type == "mps":
-        report.say(f"errors of {backend.name}: left out, mps has no float64")
-        return
-    words, wrong = [], []
-    for dtype, most in ALLOWED.items():
+    dropout, words, wrong = dropout_of(p, device), [], []
+    for dtype in DTYPES:
         short = str(dtype).removeprefix("torch.")
-        worst = [0.0, 0.0]
-        for shape in shapes:
-            shape = replace(shape, lengths=shape.lengths or tuple(reviews))
-            if reasons := backend.unavailable_reasons(device, dtype, shape.head_dim):
+        worst = {True: 0.0, False: 0.0}  # of gradients, of outputs
+        for case in cases:
+            head_dim = getattr(case, "head_dim", 32)
+            if reasons := backend.unavailable_reasons(device, dtype, head_dim):
                 wrong.append(f"{short}: {'; '.join(reasons)}")
                 break
-            exact = outcome(reference.attention, shape, device, torch.float64, p, rounded=dtype)
-            plain = outcome(reference.attention, shape, device, dtype, p)
-            mine = outcome(backend.adapter().attention, shape, device, dtype, p)
-            for i, (x, y, e) in enumerate(zip(mine, plain, exact, strict=True)):
-                off, own = _largest(x, e), _largest(y, e)
-                rounding = ROUNDINGS[dtype] * torch.finfo(dtype).eps * float(e.abs().max())
-                if not off <= most[i] * own + rounding:  # NaN is too far too
-                    what = ("output", "gradient")[i]
-                    wrong.append(
-                        f"TOO FAR: {short} {shape.name} {what}, {off:.1e} against {own:.1e}"
-                    )
-                worst[i] = max(worst[i], off / max(own, 1e-30))
+            judge = measure(case, dtype, p)
+            found = case.run(backend.operations, device, dtype, dropout)
+            for failure in judge.compare(f"{case}:", found).failures:
+                wrong.append(f"TOO FAR: {short} {failure}")
+            for name, x in found.items():
+                if judge.own[name]:
+                    times, gradient = judge.error(name, x) / judge.own[name], name[0] == "d"
+                    worst[gradient] = max(worst[gradient], times)
         else:
-            words.append(f"{short} {worst[0]:.1f}x / {worst[1]:.1f}x")
-    report.say(f"errors of {backend.name}, p = {p:g}: " + ", ".join(words + wrong))
-
-
-def _largest(mine: Tensor, exact: Tensor) -> float:
-    return float((mine.double() - exact).abs().max())
+            words.append(f"{short} {worst[False]:.1f}x / {worst[True]:.1f}x")
+    report.say(f"errors of {backend.name}, p = {p:g}: " + ", ".join(words + wrong[:3]))
 
 
 # -------------------------------------------------------------------------------------------- time
 
 
 def race(report: Report, contest: Contest, rows: int, seconds: float) -> None:
-    """A contest's table, fasttx's backends and the fastest peers, `rows` of them."""
+    """A contest's table: `rows` contestants, fasttx's backends and the fastest peers."""
     entered: dict[str, Contestant] = {}
     for name in contest.entrants:
         try:
@@ -290,46 +238,26 @@ def fastest(found: list[Row], rows: int) -> list[Row]:
     return sorted([*ours, *others[: max(1, rows - len(ours))]], key=lambda row: row.ms)
 
 
-def attention(
-    ids: RaggedIds, what: str, device: torch.device, scale: Any, dtype: torch.dtype, p: float
-) -> Contest:
-    size = scale.of(32)
-    lengths = ids.lengths[: 3 * size].reshape(3, size).tolist()
-    return attention_level.attention(lengths, scale.config, device, dtype=dtype, p=p, what=what)
-
-
-def training(
-    ids: RaggedIds, what: str, device: torch.device, scale: Any, size: int, precision: str
-) -> Contest:
-    some = ids.truncate(scale.config.max_len)
-    some = some.select(range(2 * scale.of(size)))
-    return model_level.training(
-        some, scale.of(size), scale.config, device, precision=precision, what=what
-    )
-
-
-def measure(report: Report, ids: RaggedIds, what: str, device: torch.device, scale: Any) -> None:
+def measure_times(report: Report, setting: Setting) -> None:
     """The timings, those first that say most."""
-    gpu = device.type != "cpu"
-    half = torch.bfloat16 if gpu else torch.float32
-    small = scale is SMALL
-    budget = 1 if small else 12
-    attentions = [(0.1, 8, half), (0.0, 7, half), *([(0.1, 5, torch.float32)] if gpu else [])]
-    for p, rows, dtype in attentions:
-        report.part(
-            f"attention, p = {p:g}", 5 if small else 60,
-            lambda p=p, rows=rows, dtype=dtype: race(
-                report, attention(ids, what, device, scale, dtype, p), rows, budget
-            ),
-        )  # fmt: skip
-    precision = "bf16" if gpu else "fp32"
+    gpu, small = setting.device.type != "cpu", setting.divisor > 1
+    seconds = 1 if small else 12
+
+    def attention(p: float, rows: int, precision: str) -> None:
+        contest = attention_level.on_reviews(replace(setting, precision=precision), 32, p=p)
+        race(report, contest, rows, seconds)
+
+    def step(size: int) -> None:
+        precise = replace(setting, precision="bf16" if gpu else "fp32")
+        race(report, model_level.training(precise, size, inputs=2), 6, seconds)
+
+    half = "bf16" if gpu else "fp32"
+    for p, rows, precision in ((0.1, 8, half), (0.0, 7, half), *([(0.1, 5, "fp32")] * gpu)):
+        needed = 5 if small else 60
+        report.part(f"attention, p = {p:g}", needed, partial(attention, p, rows, precision))
     for size in (32, 256):
-        report.part(
-            f"training step, batch {size}", 5 if small else 60 if gpu else 4 * size,
-            lambda size=size: race(
-                report, training(ids, what, device, scale, size, precision), 6, budget
-            ),
-        )  # fmt: skip
+        needed = 5 if small else 60 if gpu else 4 * size
+        report.part(f"training step, batch {size}", needed, partial(step, size))
 
 
 def main() -> None:
@@ -347,24 +275,23 @@ def main() -> None:
         return
     device = devices.pick(arguments.device)
     report = Report(60 * arguments.minutes - 15)
-    scale = SMALL if arguments.small else FULL
+    setting = Setting.small(device) if arguments.small else Setting(device, arguments.data)
     where = environment(device)
     report.say(", ".join(f"{k} {v}" for k, v in where.items() if k not in ("device", "platform")))
     if device.type == "cuda":
         triton = importlib.util.find_spec("triton") and __import__("triton").__version__
         major, minor = torch.cuda.get_device_capability(device)
         report.say(f"cuda {torch.version.cuda}, triton {triton}, sm_{major}{minor}")
+    lengths = tuple(setting.texts(16)[0].lengths.tolist())
+    cases = [AttentionCase("reviews", lengths, heads=8, head_dim=32), *quick_cases(head_dim=32)]
+    cases += ATTENTION[: 1 if arguments.small else None]
     for backend in BACKENDS.values():
         if reasons := backend.unavailable_reasons(device, torch.float32, 32):
             report.say(f"{backend.name} does not run: {'; '.join(reasons)}")
-    needed = 512 if scale is FULL else 64
-    ids, what = review_ids(arguments.data, needed, scale.config)
-    lengths, shapes = ids.lengths[:16].tolist(), SHAPES[: 2 if arguments.small else None]
-    for backend in BACKENDS.values():
-        if not backend.unavailable_reasons(device, torch.float32, 32):
-            report.part(f"errors of {backend.name}", 10,
-                        lambda b=backend: errors(report, b, lengths, device, shapes))  # fmt: skip
-    measure(report, ids, what, device, scale)
+        else:
+            work = partial(errors, report, backend, cases, device)
+            report.part(f"errors of {backend.name}", 10, work)
+    measure_times(report, setting)
     report.part("equivalence suite", 30, lambda: equivalence_suite(report, device))
     report.part("compute-sanitizer", 20, lambda: sanitizer(report, device))
     if arguments.json:

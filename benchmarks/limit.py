@@ -32,7 +32,7 @@ def product_flops(products: Sequence[Product]) -> int:
     return sum(2 * p.m * p.k * p.n for p in products)
 
 
-def _linear(rows: int, inputs: int, outputs: int, backward: bool) -> list[Product]:
+def linear_products(rows: int, inputs: int, outputs: int, backward: bool) -> list[Product]:
     """A linear layer's x w^T; with `backward` also the gradients of x, dy w, and of w, dy^T x."""
     forward = [Product(rows, inputs, outputs, "nt")]
     gradients = [Product(rows, outputs, inputs, "nn"), Product(outputs, rows, inputs, "tn")]
@@ -43,13 +43,13 @@ def block_products(config: ModelConfig, tokens: int, backward: bool) -> list[Pro
     """The products of one block's four linear layers on `tokens` rows."""
     d, f = config.d_model, config.d_ff
     layers = ((d, 3 * d), (d, d), (d, f), (f, d))
-    return [p for i, o in layers for p in _linear(tokens, i, o, backward)]
+    return [p for i, o in layers for p in linear_products(tokens, i, o, backward)]
 
 
 def head_flops(config: ModelConfig, texts: int, backward: bool) -> int:
     d = config.d_model
     layers = ((d, d), (d, config.num_classes))
-    return sum(product_flops(_linear(texts, i, o, backward)) for i, o in layers)
+    return sum(product_flops(linear_products(texts, i, o, backward)) for i, o in layers)
 
 
 def attention_flops(lengths: Sequence[int], num_heads: int, head_dim: int, backward: bool) -> int:

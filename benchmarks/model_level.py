@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -9,242 +10,227 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import DTYPES, Contest, Unavailable, backends, check_dropout, check_same
+from contest import Contest, Expected, backends, check_dropout, require, verified_texts
 from limit import Limit, Work
-from peers import INFERENCE_PEERS, TRAINING_PEERS
+from model_peers import Peer, peers
 from torch import Tensor, nn
-from workload import make_batches, padded, slices
+from workload import Setting, first_texts, make_batches, padded
 
 from fasttx import device as devices
-from fasttx.config import ModelConfig
-from fasttx.load import by_length
 from fasttx.models.classifier import TransformerClassifier
 from fasttx.ops.registry import Backend
-from fasttx.text.packing import PackedBatch, RaggedIds
+from fasttx.text.packing import PackedBatch
+from fasttx.text.reading import by_length
 
-VERIFIED_TEXTS = 32  # at a time: what the reference stores grows with the batch
+SPECIFICATION_TEXTS = 64  # a step of it stores every attention weight several times over
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """What the contestants of a model contest share: the reference, and each input's batches."""
 
-    config: ModelConfig
+    setting: Setting
     inputs: list[list[PackedBatch]]
-    device: torch.device
-    precision: str
+    training: bool
+
+    def build(self, backend: str) -> TransformerClassifier:
+        config = dataclasses.replace(self.setting.config, attn_backend=backend)
+        return TransformerClassifier.from_config(config).to(self.setting.device).eval()
 
     @functools.cached_property
     def reference(self) -> TransformerClassifier:
         torch.manual_seed(0)
-        config = dataclasses.replace(self.config, attn_backend="reference")
-        return TransformerClassifier.from_config(config).to(self.device).eval()
+        return self.build("reference")
+
+    @functools.cached_property
+    def first(self) -> PackedBatch:
+        """The first texts of a batch that is timed, the last one of input 0."""
+        batch = self.inputs[0][-1]
+        return first_texts(batch, verified_texts(batch.cu_seqlens.diff().tolist()))
+
+    def expected_of(self, model: TransformerClassifier) -> Expected:
+        """The outcome of this model on the first texts: exact on the CPU, and as it is run."""
+        exact_model = copy.deepcopy(model).to("cpu", torch.float64)
+        with torch.set_grad_enabled(self.training):
+            exact = exact_model(**self.first.to("cpu").model_inputs())
+            plain = self.logits(model, self.first.model_inputs())
+        return Expected(
+            self.outcome(exact_model, exact), self.outcome(model, plain), self.setting.dtype
+        )
+
+    @functools.cached_property
+    def expected(self) -> Expected:
+        return self.expected_of(self.reference)
+
+    def logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        with devices.autocast(self.setting.device, self.setting.precision):
+            return model(**inputs).float()
+
+    def outcome(self, model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
+        """Logits of the first texts; in training also gradients of the last and the first matrix.
+
+        No text depends on the others, so it does not matter that `logits` may be of a whole batch.
+        """
+        logits = logits[: len(self.first)]
+        found = {"logits": logits.detach().cpu()}
+        if self.training:
+            F.cross_entropy(logits, self.first.labels.to(logits.device)).backward()
+            found["dhead"] = model.head.dense.weight.grad.cpu()
+            found["dembedding"] = model.embedding.grad.cpu()
+            model.zero_grad(set_to_none=True)
+        return found
 
 
-class ModelContestant:
-    """A whole model, built from the reference's weights and held to its logits (and gradients).
+class _Contestant:
+    """A whole model, built from the reference's weights where it computes the same function.
 
-    Subclasses say what a step is.
+    A step is forward, loss, backward and Adam with dropout, or the logits of all batches.
     """
 
-    training = False
+    model: nn.Module
+    inputs: list[list[dict[str, Any]]]
+    expected: Expected | None
 
-    def __init__(self, name: str, make: Any, work: Model) -> None:
-        self.name, self.make, self.work = name, make, work
-        peer = isinstance(make, type)
-        self.note = make.note if peer else ""
-        if not peer and make.dropout == "torch" and self.training and work.config.dropout:
-            self.note = "torch's own dropout masks"
+    def __init__(self, name: str, work: Model, note: str) -> None:
+        self.name, self.work, self.note = name, work, note
+        self.step = self._train if work.training else self._answer
 
     def prepare(self) -> None:
-        if isinstance(self.make, type):
-            self._prepare_peer(self.make)
-        else:
-            self._prepare_backend(self.make)
-        self.model = self.model.to(self.work.device)
-
-    def _prepare_peer(self, peer: Any) -> None:
-        work = self.work
-        if reasons := peer.unavailable_reasons(work.precision):
-            raise Unavailable("; ".join(reasons))
-        self.model: nn.Module = peer(work.config)
-        if hasattr(peer, "copy_from"):
-            self.expected = peer.comparable(work.reference)
-            self.model.copy_from(self.expected)
-        self.inputs = [[{"input_ids": padded(b)} for b in group] for group in work.inputs]
-
-    def _prepare_backend(self, backend: Backend) -> None:
-        work, c = self.work, self.work.config
-        head_dim = c.d_model // c.num_heads
-        if reasons := backend.unavailable_reasons(work.device, torch.float32, head_dim):
-            raise Unavailable("; ".join(reasons))
-        self.expected = work.reference
-        config = dataclasses.replace(c, attn_backend=backend.name)
-        self.model = TransformerClassifier.from_config(config)
-        self.model.load_state_dict(self.expected.state_dict())
-        self.inputs = [[b.model_inputs() for b in group] for group in work.inputs]
-
-    def _logits(self, inputs: dict[str, Any]) -> Tensor:
-        with devices.autocast(self.work.device, self.work.precision):
-            return self.model(**inputs).float()
+        raise NotImplementedError
 
     def verify(self) -> None:
-        dtype = DTYPES[self.work.precision]
-        batch, inputs = self.work.inputs[0][0], self.inputs[0][0]
+        work, inputs = self.work, self.inputs[0][-1]
         self.model.eval()
-        if not hasattr(self, "expected"):
-            return self._verify_sane(batch, inputs)
-        with torch.set_grad_enabled(self.training):
-            logits = self._logits(inputs)
-            mine = _outcome(self.model, logits, batch.labels, self.training)
-            wide = [self.expected(**b.model_inputs()) for b in slices(batch, VERIFIED_TEXTS)]
-            theirs = _outcome(self.expected, torch.cat(wide), batch.labels, self.training)
-        for what, a, b in zip(("logits", "head gradient", "embedding gradient"), mine, theirs,
-                              strict=False):  # fmt: skip
-            check_same(self.name, what, a, b, dtype)
-        return self._verify_dropout(logits, inputs)
+        with torch.set_grad_enabled(work.training):
+            logits = work.logits(self.model, inputs)
+        assert logits.isfinite().all(), f"{self.name}: logits are not finite"
+        if self.expected is not None:
+            self.expected.check(self.name, work.outcome(self.model, logits))
+        else:
+            self._verify_size(logits)
+        if work.training:
+            self.model.train()
+            self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4, fused=True)
+            if work.setting.config.dropout:
+                with torch.no_grad():
+                    once, again = (work.logits(self.model, inputs) for _ in range(2))
+                check_dropout(self.name, logits.detach(), once, again)
 
-    def _verify_sane(self, batch: PackedBatch, inputs: dict[str, Any]) -> None:
+    def _verify_size(self, logits: Tensor) -> None:
         """Another function cannot be compared: its size, and that every weight takes part."""
         mine = sum(x.numel() for x in self.model.parameters())
         theirs = sum(x.numel() for x in self.work.reference.parameters())
         assert abs(mine / theirs - 1) < 0.2, f"{self.name} has {mine} parameters, fasttx {theirs}"
-        logits = self._logits(inputs)
-        assert logits.isfinite().all(), f"{self.name}: logits are not finite"
-        if self.training:
-            F.cross_entropy(logits, batch.labels).backward()
+        if self.work.training:
+            logits.sum().backward()
             idle = [n for n, x in self.model.named_parameters() if x.grad is None]
             assert not idle, f"{self.name}: no gradient for {', '.join(idle)}"
             self.model.zero_grad(set_to_none=True)
-        self._verify_dropout(logits, inputs)
 
-    def _verify_dropout(self, logits: Tensor, inputs: dict[str, Any]) -> None:
-        if self.training and self.work.config.dropout:
-            self.model.train()
-            with torch.no_grad():
-                check_dropout(self.name, logits.detach(), *(self._logits(inputs) for _ in range(2)))
-
-    def step(self, i: int) -> object:
-        raise NotImplementedError
-
-
-def _outcome(model: nn.Module, logits: Tensor, labels: Tensor, backward: bool) -> list[Tensor]:
-    """Logits, and with backward the gradients of the first and of the last large matrix."""
-    if not backward:
-        return [logits]
-    F.cross_entropy(logits, labels).backward()
-    head = model.head.dense if hasattr(model.head, "dense") else model.head[0]
-    table = model.embedding if isinstance(model.embedding, Tensor) else model.embedding.weight
-    found = [logits.detach(), head.weight.grad.clone(), table.grad.clone()]
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-class TrainingStep(ModelContestant):
-    """Forward, loss, backward and Adam, dropout on."""
-
-    training = True
-
-    def verify(self) -> None:
-        super().verify()
-        self.model.train()
-        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4, fused=True)
-
-    def step(self, i: int) -> object:
+    def _train(self, i: int) -> None:
         (batch,), (inputs,) = self.work.inputs[i], self.inputs[i]
-        F.cross_entropy(self._logits(inputs), batch.labels).backward()
+        F.cross_entropy(self.work.logits(self.model, inputs), batch.labels).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return None
+
+    def _answer(self, i: int) -> list[Tensor]:
+        with torch.inference_mode():
+            return [self.work.logits(self.model, inputs) for inputs in self.inputs[i]]
 
 
-class SpecificationStep(TrainingStep):
-    """The reference's step, which stores every attention weight several times over."""
+class PeerModel(_Contestant):
+    def __init__(self, name: str, work: Model, peer: type[Peer]) -> None:
+        super().__init__(name, work, peer.note)
+        self.peer = peer
 
     def prepare(self) -> None:
-        size = len(self.work.inputs[0][0])
-        if size > 2 * VERIFIED_TEXTS:
-            raise Unavailable(
-                f"batch {size}: the specification stores every attention weight several times and "
-                f"is timed with up to {2 * VERIFIED_TEXTS} texts"
-            )
-        super().prepare()
+        work = self.work
+        require(self.peer.unavailable_reasons(work.setting.precision))
+        self.model = self.peer(work.setting.config).to(work.setting.device)
+        self.expected = None
+        comparable = self.peer.comparable(work.reference)
+        if comparable is not None:
+            self.model.copy_from(comparable)
+            same = comparable is work.reference
+            self.expected = work.expected if same else work.expected_of(comparable)
+        self.inputs = [[{"input_ids": padded(b)} for b in group] for group in work.inputs]
 
 
-class Inference(ModelContestant):
-    """Logits of every batch of an input."""
+class BackendModel(_Contestant):
+    def __init__(self, name: str, work: Model, backend: Backend) -> None:
+        own = backend.dropout == "torch" and work.training and work.setting.config.dropout
+        super().__init__(name, work, "torch's own dropout masks" if own else "")
+        self.backend = backend
 
-    def step(self, i: int) -> object:
-        with torch.inference_mode():
-            return [self._logits(inputs) for inputs in self.inputs[i]]
-
-
-def _model_contest(
-    title: str, kind: type[ModelContestant], peers: dict[str, Any], config: ModelConfig,
-    inputs: list[list[PackedBatch]], device: torch.device, precision: str, facts: dict[str, Any],
-) -> Contest:  # fmt: skip
-    devices.set_precision(device, precision)
-    work = Model(config, inputs, device, precision)
-    makers = {**peers, **backends()}
-    texts = [[n for b in group for n in b.cu_seqlens.diff().tolist()] for group in inputs]
-    ideal = [Work.of_model(config, n, kind.training) for n in texts]
-    return Contest(
-        f"{title}, {precision}", device, len(inputs), len(texts[0]),
-        {name: kind(name, make, work) for name, make in makers.items()},
-        Limit(ideal, device, DTYPES[precision]),
-        facts={**facts, "precision": precision, "tokens": float(np.mean([sum(n) for n in texts]))},
-    )  # fmt: skip
+    def prepare(self) -> None:
+        work, config, texts = self.work, self.work.setting.config, len(self.work.inputs[0][0])
+        head_dim = config.d_model // config.num_heads
+        require(self.backend.unavailable_reasons(work.setting.device, torch.float32, head_dim))
+        if work.training and self.backend.name == "reference" and texts > SPECIFICATION_TEXTS:
+            reason = f"batch {texts}: the specification is timed with up to {SPECIFICATION_TEXTS}"
+            require([f"{reason} texts, since it stores every attention weight several times"])
+        self.model = work.build(self.backend.name)
+        self.model.load_state_dict(work.reference.state_dict())
+        self.expected = work.expected
+        self.inputs = [[b.model_inputs() for b in group] for group in work.inputs]
 
 
 def training_names() -> list[str]:
-    return [*TRAINING_PEERS, *backends()]
-
-
-def training(
-    ids: RaggedIds, batch_size: int, config: ModelConfig, device: torch.device, *,
-    precision: str = "fp32", what: str,
-) -> Contest:  # fmt: skip
-    """A whole training step on batches of `batch_size` texts."""
-    batches = [[b] for b in make_batches(ids, batch_size, device)]
-    title = f"training step, batch {batch_size}, {what}, dropout {config.dropout_text} everywhere"
-    facts = {"level": "training", "batch": batch_size, "lengths": what}
-    contest = _model_contest(
-        title, TrainingStep, TRAINING_PEERS, config, batches, device, precision, facts
-    )
-    step = contest.entrants["fasttx-reference"]
-    contest.entrants[step.name] = SpecificationStep(step.name, step.make, step.work)
-    return contest
+    return [*peers(training=True), *backends()]
 
 
 def inference_names() -> list[str]:
-    return [*INFERENCE_PEERS, *backends()]
+    return [*peers(training=False), *backends()]
 
 
-def bulk(
-    ids: RaggedIds, batch_size: int, config: ModelConfig, device: torch.device, *, texts: int,
-    precision: str = "fp32", what: str,
-) -> Contest:  # fmt: skip
-    """Throughput: `texts` texts a step, in batches of like length, as `fasttx.load` predicts."""
-    inputs = []
+def _contest(
+    title: str, setting: Setting, inputs: list[list[PackedBatch]], facts: dict[str, Any]
+) -> Contest:
+    devices.set_precision(setting.device, setting.precision)
+    training = facts["level"] == "training"
+    work = Model(setting, inputs, training)
+    theirs = {name: PeerModel(name, work, peer) for name, peer in peers(training).items()}
+    ours = {name: BackendModel(name, work, backend) for name, backend in backends().items()}
+    texts = [[n for b in group for n in b.cu_seqlens.diff().tolist()] for group in inputs]
+    ideal = [Work.of_model(setting.config, n, training) for n in texts]
+    tokens = float(np.mean([sum(n) for n in texts]))
+    return Contest(
+        f"{title}, {setting.precision}",
+        setting.device,
+        len(inputs),
+        len(texts[0]),
+        {**theirs, **ours},
+        Limit(ideal, setting.device, setting.dtype),
+        facts={**facts, "precision": setting.precision, "tokens": tokens},
+    )
+
+
+def training(setting: Setting, batch_size: int, *, inputs: int = 4) -> Contest:
+    """A whole training step on batches of `batch_size` texts."""
+    size = setting.of(batch_size)
+    ids, what = setting.texts(inputs * size)
+    batches = [[b] for b in make_batches(ids, size, setting.device)]
+    dropout = setting.config.dropout_text
+    title = f"training step, batch {size}, {what}, dropout {dropout} everywhere"
+    return _contest(title, setting, batches, {"level": "training", "batch": size, "lengths": what})
+
+
+def bulk(setting: Setting, batch_size: int, *, inputs: int = 4) -> Contest:
+    """Throughput: texts in batches of like length, as `fasttx.load` predicts them."""
+    size, texts = setting.of(batch_size), setting.of(4 * batch_size)
+    ids, what = setting.texts(inputs * texts)
+    batches = []
     for start in range(0, len(ids), texts):
         group = ids.select(np.arange(start, start + texts))
-        order = np.concatenate(list(by_length(group, batch_size)))
-        inputs.append(make_batches(group.select(order), batch_size, device))
-    title = f"inference, {texts} texts in batches of {batch_size} sorted by length, {what}"
-    facts = {"level": "inference", "batch": batch_size, "lengths": what}
-    return _model_contest(
-        title, Inference, INFERENCE_PEERS, config, inputs, device, precision, facts
-    )
+        order = np.concatenate(list(by_length(group, size)))
+        batches.append(make_batches(group.select(order), size, setting.device))
+    title = f"inference, {texts} texts in batches of {size} sorted by length, {what}"
+    return _contest(title, setting, batches, {"level": "inference", "batch": size, "lengths": what})
 
 
-def latency(
-    ids: RaggedIds, config: ModelConfig, device: torch.device, *, precision: str = "fp32",
-    what: str,
-) -> Contest:  # fmt: skip
+def latency(setting: Setting, texts: int = 64) -> Contest:
     """One text at a time: tokens to logits."""
-    batches = [[b] for b in make_batches(ids, 1, device)]
-    title = f"latency of one text, {what}"
+    ids, what = setting.texts(setting.of(texts))
+    batches = [[b] for b in make_batches(ids, 1, setting.device)]
     facts = {"level": "latency", "batch": 1, "lengths": what}
-    return _model_contest(
-        title, Inference, INFERENCE_PEERS, config, batches, device, precision, facts
-    )
+    return _contest(f"latency of one text, {what}", setting, batches, facts)

@@ -21,10 +21,11 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from attention_peers import ATTENTION_PEERS
 from contest import backends
 from figures import caption, saved_runs_folder
 from matplotlib.axes import Axes
-from peers import ATTENTION_PEERS, TRAINING_PEERS
+from model_peers import PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "pytest benchmarks/ && python benchmarks/plots.py"
@@ -64,7 +65,7 @@ def contests(paths: list[Path]) -> list[Measured]:
 def style(name: str) -> dict[str, Any]:
     """A contestant looks the same in all figures: backends in colours, peers in greys."""
     ours = name.startswith("fasttx-")
-    names = [*backends()] if ours else [*ATTENTION_PEERS, *TRAINING_PEERS]
+    names = [*backends()] if ours else [*ATTENTION_PEERS, *PEERS]
     i = names.index(name) if name in names else len(names)
     colours = COLOURS if ours else GREYS
     return {

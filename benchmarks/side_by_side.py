@@ -1,8 +1,8 @@
 """fasttx's backends and its peers side by side: python benchmarks/side_by_side.py [--level step]
 
-Every contestant is verified against the reference on timed inputs first. One step of each in turn,
-round after round, on the same input, so that a busy machine slows all alike; medians, and ratios
-within one run. What the machine can do at best is measured between their turns.
+Every contestant is first verified on timed inputs. Then each does one step in turn, round after
+round, on the same input, so that a busy machine slows all alike. The table has medians, and ratios
+within one run; the machine's limit is measured between the turns.
 Real review lengths come from $FASTTX_DATA (or --data); without it, lengths like IMDB's are drawn.
 """
 
@@ -17,23 +17,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from fasttx.errors import ConfigError, DeviceError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import attention_level
 import model_level
+import operation_level
 import torch
-from contest import DTYPES, Contest, Contestant, Unavailable
+from contest import Contest, Contestant, Unavailable
 from figures import TUNED, Row, environment, report, rows
-from workload import FULL, review_ids
+from workload import DTYPES, SIZES, Setting
 
 from fasttx import device as devices
 from fasttx.config import ModelConfig
+from fasttx.errors import ConfigError, DeviceError
 
 
 def timed(step: Callable[[int], object], i: int, device: torch.device) -> float:
@@ -77,8 +75,9 @@ def _reset_peak() -> bool:
 
 
 def kernel_ms(contest: Contest, contestant: Contestant) -> float:
-    """Median of triton.testing.do_bench, on CUDA's own events; NaN elsewhere."""
-    if contest.device.type != "cuda" or contest.facts.get("level") != "attention":
+    """Of one operation: the median of triton.testing.do_bench, on CUDA's events; NaN elsewhere."""
+    one_operation = contest.facts.get("level") in ("attention", *operation_level.TIMED)
+    if contest.device.type != "cuda" or not one_operation:
         return math.nan
     try:
         from triton.testing import do_bench
@@ -104,10 +103,18 @@ def available_mb(device: torch.device) -> float:
         return math.inf
 
 
-def run(contest: Contest, contestants: dict[str, Contestant], *, rounds: int | None = None,
-        seconds: float = 100.0) -> list[Row]:  # fmt: skip
-    """The contest's table. rounds: default as many as fit into `seconds`, at least 3, and at most
-    30, or as many as there are inputs."""
+def run(
+    contest: Contest,
+    contestants: dict[str, Contestant],
+    *,
+    rounds: int | None = None,
+    seconds: float = 100.0,
+) -> list[Row]:
+    """The contest's table.
+
+    rounds: by default as many as fit into `seconds`, but at least 3, and at most 30 or the number
+    of inputs if that is larger.
+    """
     device, limit = contest.device, contest.limit
     memory = {}
     for name, contestant in contestants.items():
@@ -145,43 +152,28 @@ def enter_all(contest: Contest, names: list[str]) -> dict[str, Contestant]:
     return entered
 
 
-SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "max_len")
+LEVELS = ("step", "attention", "inference", "latency", *operation_level.TIMED)
 
 
-def contests(
-    arguments: argparse.Namespace, config: ModelConfig, device: torch.device
-) -> Iterable[Contest]:
+def contests(level: str, setting: Setting, batch_size: int) -> Iterable[Contest]:
     """The contests of a level, one after another."""
-    size = arguments.batch_size
-    usual = vars(FULL.config)
-    other = [f"{name} {n}" for name in SIZES if (n := getattr(config, name)) != usual[name]]
-
-    def ids(count: int) -> tuple[Any, str]:
-        texts, what = review_ids(arguments.data, count, config, arguments.words)
-        return texts, ", ".join([what, *other])
-
-    if arguments.level == "attention":
-        texts, what = ids(3 * size)
-        lengths = texts.lengths.reshape(3, size).tolist()
-        dtype = DTYPES[arguments.precision]
+    if level == "step":
+        yield model_level.training(setting, batch_size)
+    elif level == "inference":
+        yield model_level.bulk(setting, batch_size)
+    elif level == "latency":
+        yield model_level.latency(setting)
+    elif level == "attention":
         for p in (0.1, 0.0):
-            yield attention_level.attention(lengths, config, device, dtype=dtype, p=p, what=what)
-        return
-    count = {"step": 4 * size, "inference": 4 * 4 * size, "latency": 64}[arguments.level]
-    texts, what = ids(count)
-    options = {"precision": arguments.precision, "what": what}
-    if arguments.level == "step":
-        yield model_level.training(texts, size, config, device, **options)
-    elif arguments.level == "inference":
-        yield model_level.bulk(texts, size, config, device, texts=4 * size, **options)
+            yield attention_level.on_reviews(setting, batch_size, p=p)
     else:
-        yield model_level.latency(texts, config, device, **options)
+        for timed in operation_level.TIMED[level]:
+            yield operation_level.operation(timed, setting, batch_size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--level", default="step",
-                        choices=("step", "attention", "inference", "latency"))  # fmt: skip
+    parser.add_argument("--level", default="step", choices=LEVELS)
     parser.add_argument("--data", default=os.environ.get("FASTTX_DATA"))
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, help="default: as many as fit into --seconds")
@@ -192,7 +184,7 @@ def main() -> None:
     for name in SIZES:
         parser.add_argument(
             "--" + name.replace("_", "-"), type=int, metavar="N",
-            default=getattr(FULL.config, name), help="of the models (default: %(default)s)",
+            default=getattr(ModelConfig(), name), help="of the models (default: %(default)s)",
         )  # fmt: skip
     parser.add_argument("--contestants", nargs="*", default=[], help="default: all that run here")
     parser.add_argument(
@@ -213,11 +205,14 @@ def main() -> None:
     try:
         device = devices.pick(arguments.device)
         devices.set_precision(device, arguments.precision)
-        config = replace(FULL.config, **{name: getattr(arguments, name) for name in SIZES})
+        config = ModelConfig(**{name: getattr(arguments, name) for name in SIZES})
     except (DeviceError, ConfigError) as error:
         parser.error(str(error))
+    setting = Setting(
+        device, arguments.data, config, arguments.precision, words=arguments.words
+    )  # fmt: skip
     records = []
-    for contest in contests(arguments, config, device):
+    for contest in contests(arguments.level, setting, arguments.batch_size):
         if unknown := set(arguments.contestants) - set(contest.entrants):
             known = ", ".join(contest.entrants)
             parser.error(f"--contestants {', '.join(unknown)}; expected some of {known}")

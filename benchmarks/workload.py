@@ -1,7 +1,8 @@
-"""The texts that are timed: real review lengths where the reviews are at hand, else drawn ones."""
+"""Where contests run and on which texts: real reviews where they are at hand, else drawn ones."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,58 +14,94 @@ from torch import Tensor
 from fasttx.config import ModelConfig
 from fasttx.text.packing import PackedBatch, RaggedIds, pack
 
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "max_len")
+TINY = ModelConfig(vocab_size=100, d_model=32, num_heads=2, num_layers=2, d_ff=64, max_len=16)
+SAMPLE = 2000  # reviews that the vocabulary is taken from
+
 
 @dataclass(frozen=True)
-class Scale:
-    """How large the work is: `FULL` to time it, `SMALL` to see that it runs."""
+class Setting:
+    """The device, the texts and the sizes of a contest.
 
-    config: ModelConfig
-    divisor: int  # of batch sizes and lengths
+    data: a parquet file of reviews, or the folder of train.parquet; None: texts are drawn.
+    divisor: makes batches and drawn texts smaller, to see that everything runs. words: only the
+    reviews' lengths count, in white-space words.
+    """
+
+    device: torch.device
+    data: str | None = None
+    config: ModelConfig = ModelConfig()  # noqa: RUF009  (it is frozen)
+    precision: str = "fp32"
+    divisor: int = 1
+    words: bool = False
+
+    @classmethod
+    def small(cls, device: torch.device) -> Setting:
+        return cls(device, config=TINY, divisor=16)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What models multiply in."""
+        return DTYPES[self.precision]
 
     def of(self, size: int) -> int:
-        return max(2, size // self.divisor)
+        return size if self.divisor == 1 else max(2, size // self.divisor)
+
+    def texts(self, count: int) -> tuple[RaggedIds, str]:
+        """`count` random training reviews as token ids cut to max_len, and what they are."""
+        config = self.config
+        if self.data and not self.words:
+            tokenizer = _tokenizer(self.data, config.vocab_size)
+            ids = tokenizer.encode_batch(reviews(self.data, count))
+            return ids.truncate(config.max_len), self._what("real reviews")
+        rng = np.random.default_rng(0)
+        if self.data:
+            lengths = np.array([len(text.split()) for text in reviews(self.data, count)])
+            what = "real lengths in white-space words"
+        else:
+            # Maas et al.'s reviews: median 174 words, 5 % under 64, 5 % over 598.
+            lengths = np.exp(rng.normal(np.log(200), 0.68, count)).astype(int).clip(8)
+            lengths, what = lengths // self.divisor, "drawn lengths (no $FASTTX_DATA)"
+        lengths = lengths.clip(1, config.max_len)
+        drawn = [rng.integers(2, config.vocab_size, n).tolist() for n in lengths]
+        return RaggedIds.from_lists(drawn), self._what(what)
+
+    def _what(self, texts: str) -> str:
+        """What the texts are, and the sizes of the models that are not the default ones."""
+        if self.config == TINY:
+            return texts
+        usual = ModelConfig()
+        sizes = {name: getattr(self.config, name) for name in SIZES}
+        other = [f"{name} {n}" for name, n in sizes.items() if n != getattr(usual, name)]
+        return ", ".join([texts, *other])
 
 
-FULL = Scale(ModelConfig(), 1)
-SMALL = Scale(
-    ModelConfig(vocab_size=100, d_model=32, num_heads=2, num_layers=2, d_ff=64, max_len=16), 16
-)
-
-
-def reviews(data: str, count: int) -> list[str]:
-    """`count` random training reviews. data: a parquet file, or the folder of train.parquet."""
+@functools.cache
+def _all_reviews(data: str) -> list[str]:
     import pyarrow.parquet as pq
 
     path = Path(data)
     path = path if path.is_file() else path / "train.parquet"
-    texts = pq.read_table(path, columns=["text"])["text"].to_pylist()
+    return pq.read_table(path, columns=["text"])["text"].to_pylist()
+
+
+def reviews(data: str, count: int) -> list[str]:
+    """`count` random training reviews."""
+    texts = _all_reviews(data)
     return [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[:count]]
 
 
-def review_ids(
-    data: str | None, count: int, config: ModelConfig, words: bool = False
-) -> tuple[RaggedIds, str]:
-    """`count` random training reviews as token ids cut to max_len, and where they come from.
+@functools.cache
+def _tokenizer(data: str, vocab_size: int):
+    from fasttx.text.tokenizer import Tokenizer
 
-    words: only their lengths, counted in white-space words; the tokens are drawn.
-    """
-    rng = np.random.default_rng(0)
-    if data and not words:
-        from fasttx.text.tokenizer import Tokenizer
-
-        texts = reviews(data, max(count, 2000))
-        ids = Tokenizer.train(texts, config.vocab_size).encode_batch(texts[:count])
-        return ids.truncate(config.max_len), "real reviews"
-    if data:
-        lengths = np.array([len(text.split()) for text in reviews(data, count)])
-        origin = "real lengths in white-space words"
-    else:
-        # Maas et al.'s reviews: median 174 words, 5 % under 64, 5 % over 598.
-        lengths = np.exp(rng.normal(np.log(200), 0.68, count)).astype(int).clip(8)
-        origin = "drawn lengths (no $FASTTX_DATA)"
-    lengths = lengths.clip(1, config.max_len)
-    drawn = [rng.integers(2, config.vocab_size, n).tolist() for n in lengths]
-    return RaggedIds.from_lists(drawn), origin
+    return Tokenizer.train(reviews(data, SAMPLE), vocab_size)
 
 
 def make_batches(ids: RaggedIds, batch_size: int, device: torch.device) -> list[PackedBatch]:
@@ -83,15 +120,14 @@ def padded(batch: PackedBatch) -> Tensor:
     return ids
 
 
-def slices(batch: PackedBatch, size: int) -> list[PackedBatch]:
-    """The same texts in batches of at most `size`."""
-    bounds = batch.cu_seqlens.tolist()
-    values, offsets = batch.input_ids.cpu().numpy(), np.array(bounds, dtype=np.int64)
-    ids = RaggedIds(values.astype(np.int32), offsets)
-    labels = batch.labels.cpu().numpy()
-    return [
-        pack(ids.select(np.arange(i, min(i + size, len(batch)))), labels[i : i + size]).to(
-            batch.input_ids.device
-        )
-        for i in range(0, len(batch), size)
-    ]
+def first_texts(batch: PackedBatch, count: int) -> PackedBatch:
+    """The first `count` texts of a batch."""
+    cu_seqlens = batch.cu_seqlens[: count + 1]
+    rows = int(cu_seqlens[-1])
+    return PackedBatch(
+        batch.input_ids[:rows],
+        batch.position_ids[:rows],
+        cu_seqlens,
+        batch.max_seqlen,
+        batch.labels[:count],
+    )
