@@ -1,1 +1,1 @@
-"""Looking at a finished run: `fasttx report`, and `fasttx explain` for one text."""
+"""A finished run for people: `fasttx report`, and `fasttx explain` for one text."""

@@ -1,7 +1,7 @@
 """Why one text got its label: integrated gradients of its words, and where each head looked.
 
 Shapes: n words of the text that the model reads, m of them in the window whose attention is shown
-(all of a text that it reads at once), d d_model, S points of the path.
+(all n if the text has one window), d d_model, S points of the path.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from fasttx.models.classifier import TransformerClassifier
 from fasttx.text.packing import RaggedIds, pack
 from fasttx.text.tokenizer import UNK_ID
 
-# The attributions of a text sum to its margin less the baseline's, up to this share of that
-# difference (or this many logits, where the difference is below 1).
+# The attributions of a text sum to its margin minus the baseline's, to within this share of that
+# difference (or this many logits, if the difference is below 1).
 TOLERANCE = 0.01
 _FIRST_POINTS, _MOST_POINTS = 32, 512
-_ROWS = 4096  # of one forward pass: memory
+_ROWS = 4096  # the most rows in one forward pass, which limits memory
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """One text, as the model read it.
 
-    The margin is the logit of `label` less the logit of `rival`, the likeliest other label.
+    The margin is the logit of `label` minus the logit of `rival`, the likeliest other label.
     """
 
     label: str
@@ -37,22 +37,22 @@ class Explanation:
     rival: str
     words: tuple[str, ...]  # n, in lower case
     known: np.ndarray  # (n,) bool: in the vocabulary
-    attributions: np.ndarray  # (n,) float64, in logits: above 0 speaks for `label`
+    attributions: np.ndarray  # (n,) float64, in logits; positive: for `label`
     margin: float
-    baseline_margin: float  # of as many unknown words
-    points: int  # of the path, that the integral was taken on
-    attention: np.ndarray  # (layers, heads, m, m): rows look, columns are looked at
-    mapped: range  # which m words
+    baseline_margin: float  # of a text of as many unknown words
+    points: int  # of the path, in the sum for the integral
+    attention: np.ndarray  # (layers, heads, m, m): query, key
+    mapped: range  # the m words of the attention maps
     words_left_out: int  # by truncation
-    left_out_at: int  # before which word
+    left_out_at: int  # index of the first word after the words left out
 
     @property
     def gap(self) -> float:
-        """What the attributions lack of the difference that they should sum to."""
+        """The difference of the margins minus the sum of the attributions; ideally 0."""
         return float(self.margin - self.baseline_margin - self.attributions.sum())
 
     def ranked(self) -> list[tuple[str, float]]:
-        """Words and their attributions, the strongest first; a repeated word is added up."""
+        """Words and attributions, the strongest first; those of a repeated word are added."""
         total: dict[str, float] = {}
         for word, value in zip(self.words, self.attributions.tolist(), strict=True):
             total[word] = total.get(word, 0.0) + value
@@ -67,10 +67,10 @@ def integrated_gradients(
     Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks" (ICML 2017), eq. 1, along the
     straight line from a baseline to the text, in the space of word embeddings; positions stay as
     they are. The baseline is a text of as many <UNK>: the model has learnt from rare words what an
-    unknown word is, whereas vectors of zeros are nothing it ever saw. So <UNK> itself gets 0.
+    unknown word is, and has never seen a vector of zeros. So <UNK> itself gets 0.
 
-    The integral is a Gauss-Legendre sum, of twice as many points until the completeness axiom
-    (sum of attributions = margin - margin of the baseline) holds to TOLERANCE, or at most 512.
+    The integral is a Gauss-Legendre sum. Its points are doubled until the completeness axiom
+    (sum of attributions = margin - margin of the baseline) holds to TOLERANCE, or there are 512.
     Returns the attributions, both margins, and the number of points.
     """
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -79,10 +79,10 @@ def integrated_gradients(
     baseline = table[UNK_ID].expand_as(words)
 
     def margins(rows: Tensor) -> Tensor:
-        """(S,) of S texts (S, n, d), given by their embeddings instead of ids."""
+        """The margins (S,) of S texts (S, n, d) that are given as embeddings, not as ids."""
         count, n = rows.shape[:2]
         every = RaggedIds(np.arange(count * n, dtype=np.int32), np.arange(count + 1) * n)
-        # The texts' own embeddings are the table, so that word i of it is row i.
+        # The embedding table is replaced by the texts' own embeddings: id i is word i of them.
         state = {**parameters, "embedding": rows.flatten(0, 1)}
         inputs = pack(every).to(rows.device).model_inputs()
         logits: Tensor = torch.func.functional_call(model, state, kwargs=inputs)
@@ -104,7 +104,7 @@ def integrated_gradients(
 def _mean_gradient(
     margins: Callable[[Tensor], Tensor], baseline: Tensor, words: Tensor, points: int
 ) -> Tensor:
-    """Of the margin on the line from `baseline` to `words`: (n, d) float64 on the CPU."""
+    """Mean gradient of the margin on the line from `baseline` to `words`: (n, d) float64, CPU."""
     nodes, weights = np.polynomial.legendre.leggauss(points)  # on [-1, 1], where weights sum to 2
     places = torch.tensor((nodes + 1) / 2, dtype=words.dtype, device=words.device)
     at_once = max(1, _ROWS // max(1, len(words)))
@@ -121,16 +121,16 @@ def _mean_gradient(
 def explain(classifier: TextClassifier, text: str) -> Explanation:
     """The likeliest label of `text`, what each word contributed, and the attention weights.
 
-    Of a text that the model reads in windows, whose logits are averaged, a word contributes its
-    part of its window's margin, and the maps are of the window that speaks most for the label.
-    Raises ValueError for a model of one class, which decides nothing.
+    If the model reads the text in windows, whose logits are averaged, the attribution of a word is
+    that in its window divided by the number of windows. The attention maps are of the window with
+    the largest margin. Raises ValueError for a model of one class.
     """
     model, names = classifier.model.eval(), classifier.label_names
     if len(names) < 2:
         raise ValueError(f"the model knows the label {names[0]!r} only; expected at least two")
     every_word = classifier.tokenizer.tokenize(text)
     windows, _ = classifier.read(classifier.tokenizer.encode_batch([text]))
-    # Indices instead of ids, through the same reading: which words are kept.
+    # Indices are read in the same way as ids, to see which words are kept.
     places, _ = classifier.read(RaggedIds.from_lists([range(len(every_word))]))
     kept = places.values.tolist()
     with torch.no_grad():

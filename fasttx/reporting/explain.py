@@ -1,4 +1,4 @@
-"""One text's label, and what its words had to do with it: for a terminal and for a page."""
+"""The label of one text and the attributions of its words, for a terminal and for a page."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ _AGAINST = (230, 223, 216, 209)
 def pieces(
     found: Explanation, word: Callable[[str, bool, float, float], str], cut: Callable[[str], str]
 ) -> str:  # fmt: skip
-    """The text: `word(word, known, attribution, its share of the largest)` of each, and where
-    truncation left words out `cut(how many)`."""
+    """The text from its words, by `word(text, known, attribution, share of the largest)`.
+
+    Where truncation left words out, `cut` gets a remark with their number.
+    """
     scale = max(float(abs(found.attributions).max(initial=0.0)), 1e-12)
     shown = [
         word(*each, each[2] / scale)
@@ -46,7 +48,7 @@ def pieces(
 
 
 def coloured(found: Explanation) -> str:
-    """The words for a terminal: blue speaks for the label, orange against it."""
+    """The words for a terminal: blue for the label, orange against it."""
 
     def word(text: str, known: bool, value: float, share: float) -> str:
         level = int(abs(share) * (len(_FOR) + 0.999))
@@ -59,7 +61,7 @@ def coloured(found: Explanation) -> str:
 
 
 def plain(found: Explanation) -> str:
-    """A line a word, the strongest first: `word +0.12`."""
+    """One line for each word, the strongest first: `word +0.12`."""
     return "\n".join(f"{printable(word)} {value:+.2f}" for word, value in found.ranked())
 
 
@@ -77,11 +79,11 @@ def terminal(found: Explanation, colours: bool) -> str:
 
 
 def shaded(found: Explanation) -> str:
-    """The words as the model read them, shaded by attribution; the number on hovering."""
+    """The words as the model read them, shaded by attribution, the number as a tooltip."""
 
     def word(text: str, known: bool, value: float, share: float) -> str:
         classes, style = [] if known else ["unknown"], ""
-        if abs(share) >= 0.03:  # fainter cannot be seen
+        if abs(share) >= 0.03:  # a fainter shade cannot be seen
             classes.append("for" if value > 0 else "against")
             style = f' style="--a:{0.6 * abs(share):.2f}"'
         kind = f' class="{" ".join(classes)}"' if classes else ""
@@ -92,7 +94,7 @@ def shaded(found: Explanation) -> str:
 
 
 def strongest(found: Explanation, count: int = 5) -> str:
-    """The words that say most for and against."""
+    """The strongest words for and against the label."""
     ranked = found.ranked()
     sides = (
         (f"For {found.label}", [w for w in ranked if w[1] > 0]),
@@ -107,7 +109,7 @@ def strongest(found: Explanation, count: int = 5) -> str:
 
 
 def article(found: Explanation, about: str) -> str:
-    """A text with its words shaded by what they contributed."""
+    """A text with its label, and its words shaded by attribution."""
     heading = f"{found.label}, {percent(found.probability)} sure"
     sums = (
         f"Margin over {found.rival}: {found.margin:+.2f}; of as many unknown words: "
@@ -122,7 +124,7 @@ def article(found: Explanation, about: str) -> str:
 def attention(
     draw: Callable[..., plots.Picture], name: str, what: str, found: Explanation
 ) -> str:  # fmt: skip
-    """The maps of one text; nothing for a model without layers and for a text without words."""
+    """The attention maps of one text; "" for a model without layers or a text without words."""
     if not found.attention.size:
         return ""
     words = [found.words[i] for i in found.mapped]

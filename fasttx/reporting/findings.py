@@ -1,6 +1,6 @@
-"""What the predictions and the history of a run show: the numbers and the sentences of its report.
+"""The numbers and the sentences of a report, from the predictions and the history of a run.
 
-A sentence that claims a difference is only made where the numbers bear it. Shapes: n texts.
+A sentence claims a difference only where a test of the numbers supports it. Shapes: n texts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def wilson(right: ArrayLike, n: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """By bin of confidence, those that hold no text left out; arrays (bins,)."""
+    """Accuracy by bin of confidence, without empty bins; arrays (bins,)."""
 
     low: np.ndarray  # edges
     high: np.ndarray
@@ -62,7 +62,7 @@ def reliability(predictions: Predictions) -> Reliability:
 
 @dataclass(frozen=True, eq=False)
 class LengthBins:
-    """By length in words, about equally many texts in each bin; arrays (bins,)."""
+    """Accuracy by length in words, about equally many texts a bin; arrays (bins,)."""
 
     shortest: np.ndarray
     longest: np.ndarray
@@ -76,7 +76,7 @@ class LengthBins:
 
 
 def by_length(lengths: np.ndarray, correct: np.ndarray, bins: int = 8) -> LengthBins:
-    """Texts of the same length share a bin, so that there may be fewer than `bins`."""
+    """Texts of equal length share a bin, so there may be fewer than `bins`."""
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
     member = np.searchsorted(edges, lengths)  # bin i holds (edges[i - 1], edges[i]]
     held = np.unique(member)
@@ -95,7 +95,7 @@ def confident_mistakes(predictions: Predictions, count: int) -> np.ndarray:
 
 
 def shortest_confident_answer(predictions: Predictions, lengths: np.ndarray) -> int | None:
-    """A right answer that is among the surest tenth: the shortest such text of several words."""
+    """The shortest text of several words among the most confident tenth of the right answers."""
     right = np.flatnonzero(predictions.correct & (lengths > 1))
     if not len(right):
         return None
@@ -158,7 +158,7 @@ def classes_sentence(metrics: Metrics, names: Sequence[str]) -> str:
 
 
 def calibration_sentence(predictions: Predictions) -> str:
-    """Over- or underconfident, where the mean confidence lies outside accuracy's 95 % interval."""
+    """Over- or underconfident if the mean confidence is outside the 95 % interval of accuracy."""
     right, n = int(predictions.correct.sum()), len(predictions)
     low, high = wilson(right, n)
     mean, accuracy = float(predictions.confidence.mean()), right / n
@@ -173,7 +173,7 @@ def calibration_sentence(predictions: Predictions) -> str:
 
 
 def length_sentence(lengths: np.ndarray, correct: np.ndarray) -> str:
-    """The longer half against the shorter: a two-proportion z-test at 5 % decides what is said."""
+    """The longer half against the shorter; a two-proportion z-test at 5 % decides the sentence."""
     middle = float(np.median(lengths))
     long = lengths > middle
     n1, n0 = int(long.sum()), int((~long).sum())
@@ -210,14 +210,14 @@ def mistakes_sentence(predictions: Predictions, shown: np.ndarray) -> str:
 def throughput(
     rows: Sequence[Mapping[str, Any]], samples_per_epoch: int, samples_per_step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of metrics.jsonl: seconds of training at the end of each interval, samples/s in it.
+    """Seconds of training at the end of each interval of metrics.jsonl, and samples/s in it.
 
-    The lines hold the rate since their epoch began; from it and the step follow the seconds, and
-    from those the rate of each interval.
+    A line has the rate since its epoch began. The rate and the step give the seconds, and these
+    give the rate of each interval.
     """
     steps_per_epoch = -(-samples_per_epoch // samples_per_step)
     ends, rates = [], []
-    begun = done = 0.0  # seconds: when this epoch began; of it, at the last line
+    begun = done = 0.0  # seconds before this epoch; seconds of this epoch at the last line
     seen = 0  # samples of this epoch at the last line
     for row in rows:
         at_end = row["kind"] == "epoch"

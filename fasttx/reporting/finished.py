@@ -1,4 +1,4 @@
-"""A finished run as its report needs it: results, history, model, predictions and texts."""
+"""A finished run for its report: results, history, model, predictions and texts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from fasttx.training.predictions import Predictions
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """What a report is made from. `texts` and `lengths` (in words) are None where the dataset
-    cannot be had any more, and `predictions` too where the run saved none; `notes` say why."""
+    """What a report is made from.
+
+    `texts` and `lengths` (in words) are None if the dataset is no longer available. `predictions`
+    is None if, besides, the run saved none. `notes` say why.
+    """
 
     folder: RunFolder
     config: RunConfig
@@ -42,7 +45,7 @@ class FinishedRun:
 
     @property
     def metrics(self) -> Metrics:
-        """Of the test split, as results.json has them."""
+        """The metrics of the test split, from results.json."""
         values: dict[str, Any] = {
             k: np.array(v) if isinstance(v, list) else v for k, v in self.results["test"].items()
         }
@@ -58,8 +61,8 @@ class FinishedRun:
 
 
 def open_run(path: Path, device: str = "auto") -> FinishedRun:
-    """Raises CheckpointError for a run that is not finished: its test split is not touched yet."""
-    model = load(path, device=device, attn_backend="sdpa")  # which runs everywhere
+    """Read a run. Raises CheckpointError if it is not finished: its test split is untouched."""
+    model = load(path, device=device, attn_backend="sdpa")  # sdpa runs everywhere
     folder = RunFolder(path)
     config = read_config(folder.config)
     if not folder.results.exists():
@@ -93,7 +96,7 @@ def open_run(path: Path, device: str = "auto") -> FinishedRun:
 def _predictions(
     folder: RunFolder, config: RunConfig, model: TextClassifier, dataset: TextDataset | None
 ) -> Predictions | None:
-    """Those that the run saved; of an older run, computed now and saved for the next time."""
+    """The saved predictions; an older run has none, so they are computed and saved now."""
     if folder.test_predictions.exists():
         found = Predictions.load(folder.test_predictions, len(config.label_names))
         if len(found) != config.dataset["test_samples"] or (

@@ -25,7 +25,7 @@ MISTAKES = 8
 
 @dataclass
 class Pages:
-    """The sections of a page as they come to be, and the pictures in them by name."""
+    """The sections of a page, and its pictures by name; filled section by section."""
 
     sections: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Pages:
 
 
 def build(run: FinishedRun) -> tuple[str, dict[str, plots.Picture]]:
-    """The page, and its pictures by name. Raises PlotsError where matplotlib is missing."""
+    """The page, and its pictures by name. Raises PlotsError if matplotlib is missing."""
     out = Pages()
     _curves(out, run)
     _confusion(out, run)
@@ -173,7 +173,7 @@ def _lengths(
 def _texts(
     out: Pages, run: FinishedRun, predictions: Predictions, texts: list[str], lengths: np.ndarray
 ) -> None:
-    """The mistakes with their words shaded, and attention maps of two texts."""
+    """The mistakes with shaded words, and the attention maps of two texts."""
     if len(run.names) < 2:
         return
     shown = findings.confident_mistakes(predictions, MISTAKES)
@@ -225,7 +225,7 @@ def _throughput(out: Pages, run: FinishedRun) -> None:
 
 
 def _configuration(out: Pages, run: FinishedRun) -> None:
-    """Every setting by group; those that are not the defaults first."""
+    """All settings by group; first those that differ from the defaults."""
     t = run.config.train
     changed: list[list[str]] = []
     kept: list[list[str]] = []

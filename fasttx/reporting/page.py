@@ -1,6 +1,6 @@
 """HTML pages in one file: no script, no external resource, light and dark, wide and narrow.
 
-What comes from outside goes through `escaped` here; `content`, `body` and pictures are HTML.
+This module escapes all text that it is given; `content`, `body` and pictures are HTML already.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ img-src data:">
 
 
 def section(anchor: str, kicker: str, heading: str, *content: str) -> str:
-    """`heading` says what one sees and is escaped here; `content` is HTML."""
+    """`heading` states the finding and is escaped here; `content` is HTML."""
     inside = "\n".join(content)
     return (
         f'<section id="{anchor}">\n<p class="kicker">{escaped(kicker)}</p>\n'
@@ -107,7 +107,7 @@ def alarm(text: str) -> str:
 
 
 def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
-    """(name, value, small print) each."""
+    """A tile for each (name, value, small print)."""
     cells = (
         f"<div><dt>{escaped(name)}</dt>"
         f"<dd>{escaped(value)}<small>{escaped(small)}</small></dd></div>"
@@ -117,7 +117,7 @@ def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
-    """The first column to the left; the others are numbers, or text too."""
+    """The first column is text; the others are right-aligned numbers, or text too."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         kinds = ["", *([' class="number"'] if numbers else [""]) * (len(cells) - 1)]
@@ -134,8 +134,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = Tr
 def figure(
     drawn: Picture, caption: str = "", least: str = "34rem", most: str = "62rem", wide: bool = False
 ) -> str:  # fmt: skip
-    """A picture as wide as the page (or the window), but not below `least`, where it scrolls, nor
-    above `most`."""
+    """A picture as wide as the page, or, if `wide`, as the window; at most `most`. Below `least` it
+    scrolls."""
     kind = ' class="wide"' if wide else ""
     below = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
     return (
@@ -152,7 +152,7 @@ def check_folder(out: Path) -> None:
 
 
 def write(out: Path, html: str, pictures: Mapping[str, Picture]) -> Path | None:
-    """The page at `out`, its pictures in a folder of the same name beside it, which is returned."""
+    """Write the page to `out`, and its pictures to a folder of that name, which is returned."""
     try:
         write_text_atomic(out, html)
         if not pictures:

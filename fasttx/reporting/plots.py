@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn with matplotlib: as SVG for its page, as PNG for a slide."""
+"""The pictures of a report, drawn by matplotlib: SVG for the page, PNG for slides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Figure: TypeAlias = Any
 
 INK, GREY, GRID = "#37352f", "#6f6e69", "#e6e5e2"
 BLUE, ORANGE = "#0b6e99", "#d9730d"
-# In a page each of them is a CSS variable, so that a picture is right in light and in dark mode.
+# In a page each colour is a CSS variable, so a picture fits light and dark mode.
 VARIABLES = {INK: "--ink", GREY: "--grey", GRID: "--grid", BLUE: "--blue", ORANGE: "--orange"}
 
 STYLE: Any = {
@@ -36,20 +36,23 @@ STYLE: Any = {
     "text.parse_math": False,  # a $ in a label or a text is a dollar
 }  # fmt: skip
 
-MOST_WORDS = 20  # of an attention map, so that they can be read
-MOST_CELLS = 12  # labels of a confusion matrix whose counts are written in
+MOST_WORDS = 20  # in an attention map; more could not be read
+MOST_CELLS = 12  # a confusion matrix of more labels shows no counts
 
 
 @dataclass(frozen=True)
 class Picture:
-    """`svg` stands in an HTML page as it is; `png` is a file of its own, on white."""
+    """svg: an element for an HTML page. png: the content of a file, on white."""
 
     svg: str
     png: bytes
 
 
 def picture(name: str, alt: str, draw: Callable[..., Figure], *data: Any) -> Picture:
-    """`draw(*data)` in the house style. `name` keeps the ids of one page's pictures apart."""
+    """`draw(*data)` in the common style. `name` keeps the ids of a page's pictures distinct.
+
+    Raises PlotsError where matplotlib is missing.
+    """
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -58,7 +61,7 @@ def picture(name: str, alt: str, draw: Callable[..., Figure], *data: Any) -> Pic
             "pip install 'fasttx[report]'"
         ) from error
     with mpl.rc_context(STYLE), warnings.catch_warnings():
-        # A page has the reader's fonts; only the PNG shows a box for what matplotlib's lack.
+        # A page uses the reader's fonts. Only the PNG shows a box for a missing glyph.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = draw(*data)
         svg, png = io.BytesIO(), io.BytesIO()
@@ -69,7 +72,7 @@ def picture(name: str, alt: str, draw: Callable[..., Figure], *data: Any) -> Pic
 
 
 def inline(svg: str, name: str, alt: str) -> str:
-    """The <svg> element alone: as wide as its place, in the page's colours, ids of its own."""
+    """The <svg> element alone: full width, in the page's colours, with unique ids."""
     svg = svg[svg.index("<svg") :]
     for colour, variable in VARIABLES.items():
         svg = svg.replace(f": {colour}", f": var({variable})")
@@ -91,7 +94,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _shades(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] as an image: blue, as opaque as the value, on whatever lies below."""
+    """Values in [0, 1] as an image: blue, as opaque as the value."""
     image = np.empty((*values.shape, 4))
     image[..., :3] = [int(BLUE[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     image[..., 3] = values
@@ -106,7 +109,7 @@ def _percent_axis(axis: Any) -> None:
 
 
 def learning_curves(rows: Sequence[Mapping[str, Any]], steps_per_epoch: int, best: int) -> Figure:
-    """Loss and accuracy: the training split between log lines, validation at the ends of epochs."""
+    """Loss and accuracy of the training split between log lines, and of validation by epoch."""
     figure = _figure(9, 3.2)
     epochs = [row for row in rows if row["kind"] == "epoch"]
     between = [row for row in rows if row["kind"] == "train"]
@@ -211,7 +214,7 @@ def reliability_diagram(found: Reliability) -> Figure:
 
 
 def accuracy_by_length(bins: LengthBins, limit: int, of: str = "what is read") -> Figure:
-    """With Wilson intervals of 95 %; `limit` is how many words that `of` holds."""
+    """Accuracy by length, with 95 % Wilson intervals. limit: the number of words in `of`."""
     figure = _figure(9, 3.2)
     axes = figure.subplots()
     places = np.arange(len(bins.count))
@@ -241,8 +244,10 @@ def accuracy_by_length(bins: LengthBins, limit: int, of: str = "what is read") -
 
 
 def most_attended(attention: np.ndarray, most: int = MOST_WORDS) -> np.ndarray:
-    """Indices, in the order of the text, of the words that receive most of the attention
-    (layers, heads, n, n) on average over layers, heads and rows."""
+    """Indices, in the order of the text, of the words that receive most attention.
+
+    attention (layers, heads, n, n) is averaged over layers, heads and queries.
+    """
     received = attention.mean((0, 1, 2)) if attention.size else np.zeros(attention.shape[-1])
     return np.sort(np.argsort(-received, kind="stable")[:most])
 
@@ -252,7 +257,7 @@ def attention_maps(attention: np.ndarray, words: Sequence[str]) -> Figure:
     kept = most_attended(attention)
     layers, heads = attention.shape[:2]
     labels = [shortened(words[k], 12) for k in kept]
-    # One scale for all maps, so that they compare; the square root brings out what is small.
+    # All maps have one scale, to be comparable; the square root shows small weights.
     strongest = max(float(attention[..., kept[:, None], kept].max()), 1e-12)
     side = 0.9 + 0.065 * len(kept)  # inches
     size = min(7.0, 0.75 * 72 * side / len(kept))

@@ -1,1 +1,1 @@
-"""text"""
+"""Raw text to `PackedBatch`: datasets, splits, labels, tokenizer, packing."""

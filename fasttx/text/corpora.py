@@ -1,4 +1,4 @@
-"""What the name or the path of a dataset holds: files, IMDB through `datasets`, the demo corpus."""
+"""Datasets by name or path: files, IMDB through `datasets`, the demo corpus."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fasttx.text.textfiles import (
 
 ENVIRONMENT = "FASTTX_DATA"
 HUB_NAME = "stanfordnlp/imdb"
-HUB_SECONDS = 3.0  # an unreachable hub otherwise takes datasets minutes to give up on
+HUB_SECONDS = 3.0  # `datasets` itself waits minutes for a hub that cannot be reached
 
 SPLITS = {
     "train": "train", "training": "train", "test": "test",
@@ -48,14 +48,14 @@ _SPLIT_FILE, _UNLABELLED_FILE = _file_names(SPLITS), _file_names(UNLABELLED)
 
 @dataclass(frozen=True)
 class Source:
-    """What a --dataset comes down to: `imdb`, `demo`, or an absolute path. `notes`: why."""
+    """A resolved --dataset: `imdb`, `demo`, or an absolute path. `notes`: why, for people."""
 
     name: str
     notes: tuple[str, ...] = ()
 
 
 def resolve(dataset: str) -> Source:
-    """Settle `auto`, and check that a path exists. Raises DataError.
+    """Choose for `auto`, and check that a path exists. Raises DataError.
 
     `auto` is $FASTTX_DATA where that is set, else IMDB where it is cached or the hub can be
     reached, else the built-in corpus.
@@ -95,17 +95,20 @@ def _unmissable(reason: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Splits that can be read: an evaluation reads one of them, a run all."""
+    """The splits of a dataset, each read when it is called: an evaluation needs only one.
+
+    unlabelled: texts without labels, by where they are. notes: lines to show.
+    """
 
     name: str
     where: str
     splits: dict[str, Callable[[], Rows]]
     notes: list[str] = field(default_factory=list)
-    unlabelled: dict[str, Callable[[], list[str]]] = field(default_factory=dict)  # by place
+    unlabelled: dict[str, Callable[[], list[str]]] = field(default_factory=dict)
 
 
 def read_corpus(name: str, text_column: str | None, label_column: str | None) -> Corpus:
-    """`name` as `resolve` gives it."""
+    """The dataset of a resolved `name`. Raises DataError."""
     if name == "demo":
         return _demo_corpus()
     if name == "imdb":
@@ -202,7 +205,7 @@ def _unlabelled(entries: list[Path], text_column: str | None) -> dict[str, Calla
 
 
 def _check_one_file(folder: Path, split: str, files: list[Path], trees: list[Path]) -> None:
-    """One file or tree, or all shards of one set."""
+    """Raise DataError unless a split is one file, one tree, or all shards of one set."""
     matches = [m for p in files if (m := _SPLIT_FILE.fullmatch(p.name))]
     sets = {(m[1], m[3], m[4]) for m in matches}
     shards = [int(m[2]) for m in matches if m[2]]
@@ -227,7 +230,7 @@ class Unavailable(Exception):
     """IMDB cannot be had from the hub or its cache; the message is the reason."""
 
 
-@functools.lru_cache(maxsize=1)  # `auto` looks whether it is there, then a run reads it
+@functools.lru_cache(maxsize=1)  # `auto` asks whether it is there, then a run reads it
 def hub_imdb() -> dict[str, Any]:
     """The splits of stanfordnlp/imdb. Raises Unavailable."""
     try:
@@ -238,7 +241,7 @@ def hub_imdb() -> dict[str, Any]:
     with _offline() if unreachable else contextlib.nullcontext():
         try:
             found = datasets.load_dataset(HUB_NAME)
-        except Exception as error:  # whatever datasets, the hub or the network come up with
+        except Exception as error:  # datasets, the hub and the network raise many kinds
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if unreachable:
                 reason = f"{unreachable}, and the local cache does not hold it"
@@ -258,10 +261,10 @@ def hub_unreachable() -> str | None:
         try:
             status = get_session().head(url, timeout=HUB_SECONDS).status_code
             answer.append(None if status < 400 else f"{url} answers with status {status}")
-        except Exception as error:  # no network has many names
+        except Exception as error:  # a missing network raises many kinds
             answer.append(f"{url} cannot be reached ({type(error).__name__})")
 
-    # A thread, since a timeout does not bound the look-up of the name.
+    # In a thread, since the timeout does not limit the DNS look-up.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)
@@ -270,7 +273,7 @@ def hub_unreachable() -> str | None:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """datasets uses its cache only. Its environment variables are read at import: too early."""
+    """Let datasets use its cache only. It reads its environment variables at import: too early."""
     import datasets
     from huggingface_hub import constants
 
@@ -283,14 +286,14 @@ def _offline() -> Iterator[None]:
 
 
 def _saved_splits(folder: Path) -> dict[str, Any]:
-    """What save_to_disk wrote: a DatasetDict, or one Dataset, as train."""
+    """The splits that save_to_disk wrote; a single Dataset is the split train."""
     try:
         import datasets
     except ImportError as error:
         raise DataError(needs("datasets", f"reading {folder}")) from error
     try:
         found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of a damaged folder, any
+    except Exception as error:  # a damaged folder raises many kinds
         raise DataError(
             f"{folder} cannot be read as a folder of datasets' save_to_disk: {error}"
         ) from error

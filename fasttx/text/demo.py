@@ -1,9 +1,9 @@
 """The built-in corpus `demo`: generated film reviews in which word order decides.
 
-Every frame below is written once, for both labels: {same} is a word of the review's own label,
-{other} one of the opposite label. So a frame says nothing by itself, and counting words only tells
-which side has more of them. To know the label one has to read what is negated, what is about the
-film rather than a part of it, and whom the reviewer believes.
+Every frame below serves both labels: {same} is a word of the review's own label, {other} one of
+the opposite label. So a frame alone says nothing of the label, and counting words only shows which
+side has more of them. The label follows from what is negated, what is said of the film rather than
+of a part of it, and whom the reviewer believes.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ COLOUR = {
     ).split("|"),
 }
 
-# What the review says of the film. The meaning of each frame is {same}; the number is how many
-# in a hundred verdicts are of its kind.
+# Sentences about the film. Each of them means {same}; the number is the percentage of verdicts of
+# that kind.
 VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
     # Here counting words works.
     "outright": (
@@ -74,7 +74,7 @@ VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
             "{part} is {same} and {film} is {same} too",
         ),
     ),
-    # The word is there, its meaning is not.
+    # The word occurs, and is negated.
     "negated": (
         11,
         (
@@ -85,7 +85,7 @@ VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
             "there is not one minute of {film} that I would call {other}",
         ),
     ),
-    # Words of both sides: the scope of the negation says which of them holds.
+    # Words of both sides: the scope of the negation decides.
     "scope": (
         18,
         (
@@ -117,8 +117,8 @@ VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
 }
 
-# What the review says besides. {any} is {same} in LEANING of a hundred cases, since the parts of a
-# good film tend to be good.
+# Other sentences. {any} is {same} in LEANING of a hundred cases, since the parts of a good film
+# tend to be good.
 LEANING = 70
 ASIDES = (
     "{part} is {any}",
@@ -132,12 +132,12 @@ ASIDES = (
 
 
 def _pick(rng: Random, options: list[str] | tuple[str, ...]) -> str:
-    # random() alone is promised to give the same numbers in every Python; choice() is not.
+    # Every Python gives the same numbers for random(); this is not promised of choice().
     return options[int(rng.random() * len(options))]
 
 
 class _Slots(dict[str, str]):
-    """What str.format_map fills the slots of one review with: a new draw at every mention."""
+    """The words that str.format_map puts into the slots of one review, drawn anew each time."""
 
     def __init__(self, rng: Random, label: int) -> None:
         super().__init__(critic=_pick(rng, CRITICS))  # one review quotes one critic,
@@ -182,8 +182,8 @@ def corpus(
 ) -> tuple[list[str], list[int], list[str], list[int]]:
     """`(train_texts, train_labels, test_texts, test_labels)`: half negative (0), half positive (1).
 
-    Equal arguments give equal texts on every machine. No text occurs twice, so no text of test
-    stands in train.
+    Equal arguments give equal texts on every machine. No text occurs twice, so no test text is in
+    train.
     """
     rng = Random(seed)
     texts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Labels: from what a file writes to class numbers and names, and how many texts have each."""
+"""Labels: class numbers and names from labels as files write them, and counts for people."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Counts = Mapping[str, Mapping[str, int]]
 
 
 def numbered(rows: Mapping[str, Rows], name: str) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The names of train's classes, and the class numbers (n,) int64 of each split.
+    """The class names of train, and the class numbers (n,) int64 of each split.
 
-    `name` is the dataset's. Raises DataError.
+    name: the dataset's. Raises DataError.
     """
     joined = _of_one_type([label for r in rows.values() for label in r.labels])
     labels, start = {}, 0
@@ -48,9 +48,10 @@ def numbered(rows: Mapping[str, Rows], name: str) -> tuple[list[str], dict[str, 
 
 
 def numbered_as_saved(rows: Rows, label_names: Sequence[str]) -> np.ndarray:
-    """(n,) int64: labels as class numbers of a saved model, by name, else integers by number.
+    """(n,) int64: labels as class numbers of a saved model.
 
-    Raises DataError for a label that the model does not know.
+    Labels are matched by name; integers without names are class numbers. Raises DataError for a
+    label that the model does not know.
     """
     number = {name: i for i, name in enumerate(label_names)}
     numeric = any(NUMBER.fullmatch(name) for name in label_names)
@@ -76,7 +77,7 @@ def numbered_as_saved(rows: Rows, label_names: Sequence[str]) -> np.ndarray:
 
 
 def _of_one_type(labels: list[Label]) -> list[Label]:
-    """All integers if every label is, or is written as, one; else all strings."""
+    """Integers if every label is an integer or the text of one; else strings."""
     kinds = {type(label) for label in labels}
     if kinds == {str} and all(NUMBER.fullmatch(str(label)) for label in set(labels)):
         return [int(str(label).partition(".")[0]) for label in labels]
@@ -84,7 +85,7 @@ def _of_one_type(labels: list[Label]) -> list[Label]:
 
 
 def _plain(names: Sequence[str]) -> list[str]:
-    """IMDB's own short names, written out."""
+    """`neg` and `pos`, IMDB's short names, become `negative` and `positive`."""
     return [PLAIN_NAMES[n] for n in names] if sorted(names) == ["neg", "pos"] else list(names)
 
 
@@ -96,7 +97,7 @@ def _check_labelled(values: set[Label], where: str) -> None:
 
 
 def _codes(labels: list[Label], train: Rows, name: str) -> tuple[dict[Label, int], list[str]]:
-    """Label as written -> class number, and the names of the classes."""
+    """The class number of each label as written, and the class names. Raises DataError."""
     values = sorted(set(labels))  # all integers or all strings
     names = train.label_names
     if name == "imdb" and set(values) <= {0, 1}:
@@ -120,7 +121,7 @@ def _codes(labels: list[Label], train: Rows, name: str) -> tuple[dict[Label, int
 
 
 def label_table(counts: Counts) -> str:
-    """Reviews by split and label, to be looked at before any accuracy."""
+    """Texts by split and label, to be read before any accuracy."""
     return "\n".join(
         f"{split:>10}: {sum(labels.values()):6d} reviews  ("
         + ", ".join(f"{n} {label}" for label, n in labels.items())
@@ -130,7 +131,7 @@ def label_table(counts: Counts) -> str:
 
 
 def single_class_warning(counts: Counts) -> str | None:
-    """Why an accuracy on a split with one label says nothing; None where every split has more."""
+    """Why accuracy on a split with one label says nothing; None if every split has several."""
     single = {
         split: next(label for label, n in labels.items() if n)
         for split, labels in counts.items()

@@ -1,4 +1,4 @@
-"""Text without padding: ragged token ids, packed batches, and the way between packed and padded.
+"""Text without padding: ragged token ids, packed batches, and the way from padded to packed.
 
 Shapes: B sequences, T rows (tokens of the whole batch), L padded length, N tokens in a corpus.
 """
@@ -66,7 +66,7 @@ class RaggedIds:
         return self._gather(self.offsets[indices], self.lengths[indices])
 
     def truncate(self, max_len: int, how: str = "head") -> RaggedIds:
-        """Every text cut to at most `max_len` tokens: its head, its tail, or half of each."""
+        """Cut every text to at most `max_len` tokens: its head, its tail, or half of each."""
         if how not in TRUNCATIONS:
             raise ValueError(f"truncation {how!r}; expected one of {', '.join(TRUNCATIONS)}")
         lengths = np.minimum(self.lengths, max_len)
@@ -80,8 +80,11 @@ class RaggedIds:
         return RaggedIds(halves.values, halves.offsets[::2].copy())
 
     def windows(self, max_len: int) -> tuple[RaggedIds, np.ndarray]:
-        """Every text in as few equal pieces (to within one token) of at most `max_len` as hold all
-        of it, in order; and (pieces,) int64, the text that each piece is of."""
+        """Cut every text into the fewest windows of at most `max_len` tokens.
+
+        The windows of a text differ by at most one token in length. The second value is the text
+        of each window, (windows,) int64.
+        """
         pieces = np.maximum(1, -(-self.lengths // max_len))
         owner = np.repeat(np.arange(len(self)), pieces)
         k = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -92,12 +95,12 @@ class RaggedIds:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B texts laid end to end in T rows; rows past `cu_seqlens[-1]` belong to nobody (a dead tail).
+    """B texts end to end in T rows; rows past `cu_seqlens[-1]` belong to no text (a dead tail).
 
-    input_ids (T,) int64, position_ids (T,) int32, cu_seqlens (B + 1,) int32,
-    max_seqlen an upper bound on the lengths (it affects speed only), labels (B,) int64, or (B, C)
-    float32, the probability of each class, or None; with `rows` (M,) int64 the labels (M,) are
-    those of these rows, not of the texts.
+    input_ids (T,) int64, position_ids (T,) int32, cu_seqlens (B + 1,) int32. max_seqlen is an upper
+    bound on the lengths; it affects speed only. labels are (B,) int64, or (B, C) float32, the
+    probability of each class, or None. Where `rows` (M,) int64 is set, the labels (M,) belong to
+    these rows, not to the texts.
     """
 
     input_ids: Tensor
@@ -137,9 +140,11 @@ class PackedBatch:
 def pack(
     ids: RaggedIds, labels: np.ndarray | None = None, *, token_multiple: int = 1
 ) -> PackedBatch:
-    """Lay `ids` end to end. T is rounded up to `token_multiple` with a dead tail of <PAD>,
-    for devices that compile or cache one program per shape. labels: (B,) integers, or (B, C)
-    probabilities."""
+    """The batch of `ids`, end to end. labels: (B,) integers, or (B, C) probabilities.
+
+    T is rounded up to a multiple of `token_multiple` with a dead tail of <PAD>, for devices that
+    compile or cache one program for each shape.
+    """
     starts, lengths = ids.offsets[:-1], ids.lengths
     total = int(ids.offsets[-1])
     rows = -(-total // token_multiple) * token_multiple
@@ -160,11 +165,11 @@ def pack(
 
 
 def unpad(input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Real tokens of a padded batch, packed: input_ids (B, L) -> (T,), and cu_seqlens (B + 1,).
+    """Pack the real tokens of a padded batch: input_ids (B, L) -> (T,), and cu_seqlens (B + 1,).
 
-    attention_mask (B, L) bool or 0/1, 1 = real token; None means `input_ids != 0`. Padding may
-    stand on either side or in between. Under torch.compile the shape stays fixed: T = B * L,
-    and the padding becomes a dead tail.
+    attention_mask (B, L) bool or 0/1, 1 = real token; None means `input_ids != 0`. Padding may be
+    on either side or in between. Under torch.compile the shape is fixed: T = B * L, and the padding
+    becomes a dead tail.
     """
     mask = input_ids != 0 if attention_mask is None else attention_mask.bool()
     cu_seqlens = mask.new_zeros(len(mask) + 1, dtype=torch.int32)
@@ -177,13 +182,13 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tens
 
 
 def sequence_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """(rows,) int64: which sequence each row belongs to; B for the dead tail."""
+    """(rows,) int64: the sequence of each row; B in the dead tail."""
     row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
 
 
 def positions(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """(rows,) int32: the place of each row in its sequence; 0 in the dead tail."""
+    """(rows,) int32: the position of each row in its sequence; 0 in the dead tail."""
     sequence = sequence_ids(cu_seqlens, rows)
     row = torch.arange(rows, device=cu_seqlens.device, dtype=torch.int32)
     dead = sequence == len(cu_seqlens) - 1
@@ -191,6 +196,6 @@ def positions(cu_seqlens: Tensor, rows: int) -> Tensor:
 
 
 def shuffled_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> Iterable[np.ndarray]:
-    """Index arrays of one epoch; a pure function of (seed, epoch), so a resume needs no state."""
+    """Index arrays of one epoch: a pure function of (seed, epoch), so a resume needs no state."""
     order = np.random.default_rng([seed, epoch]).permutation(count)
     return (order[i : i + batch_size] for i in range(0, count, batch_size))

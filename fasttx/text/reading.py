@@ -1,4 +1,4 @@
-"""What a model reads of texts as token ids, in which order, and what it says of whole texts."""
+"""Which tokens of a text a model reads, in which batches, and the logits of texts from windows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fasttx.text.tokenizer import UNK_ID
 def by_length(ids: RaggedIds, batch_size: int) -> Iterator[np.ndarray]:
     """Index batches, longest texts first.
 
-    A text's logits do not depend on its batch; texts of equal length side by side suit every
-    device, and where memory does not suffice the first batch shows it.
+    A text's logits do not depend on its batch. Batches of equal lengths are fast on every device,
+    and if memory does not suffice the first batch shows it.
     """
     order = np.argsort(-ids.lengths, kind="stable")
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
@@ -26,9 +26,9 @@ def by_length(ids: RaggedIds, batch_size: int) -> Iterator[np.ndarray]:
 def read(
     ids: RaggedIds, max_len: int, truncation: str, long_texts: str
 ) -> tuple[RaggedIds, np.ndarray | None]:
-    """The token ids that a model is measured on, by TrainConfig's truncation and long_texts.
+    """The token ids that a model predicts from, by TrainConfig's truncation and long_texts.
 
-    The second value is None, or for windows (windows,) int64: the text each window is part of.
+    The second value is None, or for windows (windows,) int64: the text of each window.
     """
     if long_texts == "windows":
         return ids.windows(max_len)
@@ -36,7 +36,7 @@ def read(
 
 
 def mean_of_windows(logits: Tensor, owner: np.ndarray | None) -> Tensor:
-    """(windows, num_classes) -> (texts, num_classes); every text has a window."""
+    """Mean logits: (windows, num_classes) -> (texts, num_classes); every text has a window."""
     if owner is None or not len(owner):
         return logits
     of = torch.from_numpy(owner)
@@ -45,7 +45,7 @@ def mean_of_windows(logits: Tensor, owner: np.ndarray | None) -> Tensor:
 
 
 def drop_words(ids: RaggedIds, p: float, stream: tuple[int, ...]) -> RaggedIds:
-    """`ids` with a share p of the words replaced by <UNK>; a pure function of `stream`."""
+    """`ids` with each word replaced by <UNK> with probability p; a pure function of `stream`."""
     if p == 0.0:
         return ids
     lost = np.random.default_rng(stream).random(len(ids.values)) < p

@@ -1,4 +1,4 @@
-"""The splits of a run, drawn from what a dataset holds."""
+"""The training, validation and test split of a run, drawn from a dataset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
     "texts_fingerprint",
 ]
 
-# One stream of random numbers for each draw, so that none depends on the size of another.
+# Each draw has a random stream of its own, so that none depends on the size of another.
 _TRAIN_STREAM, _TEST_STREAM, _HELD_OUT_STREAM, _VALIDATION_STREAM = range(4)
 
 
@@ -46,8 +46,8 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class TextDataset:
-    """The splits of a run. `notes` are lines to show; `fingerprint` is a SHA-256 of all texts and
-    labels, by which a resumed run knows its data."""
+    """The splits of a run. notes: lines to show. fingerprint: a SHA-256 of all texts and labels, by
+    which a resumed run recognises its data."""
 
     name: str
     label_names: list[str]
@@ -58,7 +58,7 @@ class TextDataset:
     fingerprint: str
 
     def describe(self) -> dict[str, Any]:
-        """What config.json and results.json say of the data."""
+        """The description of the data in config.json and results.json."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {
             "name": self.name,
@@ -70,15 +70,15 @@ class TextDataset:
         }
 
 
-# --- the ways in ----------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def load(config: TrainConfig) -> TextDataset:
     """The training, validation and test split of `config`, the same for the same settings.
 
-    Validation is drawn from train unless the dataset brings one: `train_samples` // 10 more rows
-    (at least 1), or a tenth of train. Without a test split a given validation split serves as
-    test, else a tenth is held out. Raises DataError.
+    If the dataset has no validation split, it is drawn from train: `train_samples` // 10 more texts
+    (at least 1), or a tenth of train. If it has no test split, its validation split is the test
+    split, or a tenth of train is held out. Raises DataError.
     """
     source = resolve(config.dataset)
     corpus = read_corpus(source.name, config.text_column, config.label_column)
@@ -101,7 +101,7 @@ def load(config: TrainConfig) -> TextDataset:
     if test is None:
         rng = np.random.default_rng([config.seed_of_splits, _HELD_OUT_STREAM])
         sizes = _tenth(len(train.labels), corpus.where)
-        # As they lay, for those who asked for the order of the file.
+        # In the order of the file, which `subset_order` may ask for.
         kept, held_out = map(np.sort, draw_stratified(train.labels, sizes, rng))
         notes.append(f"{corpus.where} has no test split: {sizes[1]:,} of its rows are held out")
         train, test = _take(train, kept), _take(train, held_out)
@@ -134,9 +134,11 @@ def load_texts(
     label_column: str | None = None,
     unlabelled: bool = True,
 ) -> tuple[list[str], list[str]]:
-    """All texts one may pretrain on, train's and (`unlabelled`) those without labels, never
-    validation's or test's; and notes on where they come from. `name` as `resolve` gives it.
-    Raises DataError."""
+    """The texts to pretrain on, and notes on where they come from. Raises DataError.
+
+    These are train's and, if `unlabelled`, those without labels; never those of a validation or
+    test split of the dataset. name: as `resolve` gives it.
+    """
     corpus = read_corpus(name, text_column, label_column)
     reads: dict[str, Callable[[], list[str]]] = {**corpus.unlabelled} if unlabelled else {}
     if train := corpus.splits.get("train"):
@@ -153,8 +155,8 @@ def load_texts(
 
 
 def load_unlabelled(name: str, text_column: str | None = None) -> tuple[list[str], list[str]]:
-    """The texts without labels of a dataset, and notes on where they come from. Raises DataError
-    where it has none."""
+    """The texts of a dataset without labels, and notes on where they come from. Raises DataError
+    if it has none."""
     corpus = read_corpus(name, text_column, None)
     texts, notes = _read_all(corpus.unlabelled)
     if not texts:
@@ -182,9 +184,9 @@ def load_for_evaluation(
     label_column: str | None = None,
     split: str = "test",
 ) -> Split:
-    """All of one split, its labels as indices into a saved model's `label_names`.
+    """One split, its labels as indices into a saved model's `label_names`.
 
-    Where there is no test split: validation, else the only one; of a single file all rows.
+    If there is no test split, this is validation, or the only split; a single file is one split.
     Raises DataError, also for a label that the model does not know.
     """
     corpus = read_corpus(resolve(str(path_or_name)).name, text_column, label_column)
@@ -238,7 +240,7 @@ def _tenth(count: int, where: str) -> tuple[int, int]:
 
 
 def _train_sizes(config: TrainConfig, count: int, where: str) -> tuple[int, int]:
-    """Rows to train on, and rows for validation."""
+    """The sizes of the training and of the validation split. Raises DataError."""
     if config.train_samples is None:
         return _tenth(count, where)
     asked, more = config.train_samples, max(1, config.train_samples // 10)
@@ -261,10 +263,10 @@ def check_enough(setting: str, asked: int, count: int, where: str) -> None:
 def _check_classes(
     splits: dict[str, Split], pools: dict[str, Split], names: list[str], order: str
 ) -> None:
-    """A split with a single class is refused; `pools` are what the splits were drawn from."""
+    """Raise DataError for a split with one class. pools: what the splits were drawn from."""
     for which, split in splits.items():
         count, present = len(split.labels), np.unique(split.labels)
-        # A tenth of a few rows may be one row, which has one label however it is drawn.
+        # A tenth of few texts may be a single text, which has one label however it is drawn.
         if len(present) > 1 or (which == "validation" and count == 1):
             continue
         if len(np.unique(pools[which].labels)) == 1:
