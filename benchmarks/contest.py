@@ -16,7 +16,7 @@ from fasttx.testing import Measure, length
 if TYPE_CHECKING:
     from limit import Limit
 
-VERIFIED_TOKENS = 2048  # of an input: float64 takes a second or two for them on a CPU
+VERIFIED_TOKENS = 1024  # of an input: float64 takes a second or two for them on a CPU
 
 
 def backends() -> dict[str, Backend]:
