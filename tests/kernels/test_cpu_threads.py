@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -13,13 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from fasttx.kernels.cpu import library as kernels
 from torch import Tensor
 
-from fasttx.kernels import cpu as kernels
 from fasttx.ops.registry import BACKENDS
-from tests import equivalence
-from tests.equivalence import Case
-from tests.ops.test_rowops import RowCase
+from fasttx.testing import AttentionCase, RowCase, dropout_of
 
 BACKEND = BACKENDS["cpu"]
 pytestmark = pytest.mark.skipif(
@@ -28,7 +25,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-SEED = torch.tensor(0x1234567_89ABCDEF)
 
 
 @pytest.fixture
@@ -39,21 +35,19 @@ def threads() -> Iterator[Any]:
     torch.set_num_threads(before)
 
 
+CASES = (
+    AttentionCase("one long", (1100,), heads=1),
+    AttentionCase("many", (5, 64, 0, 33) * 4),
+    *(RowCase(op, 1200, 33) for op in ("embed", "add_norm", "bias_act")),
+)
+
+
 def everything() -> list[Tensor]:
     """Outputs and gradients of attention, with work for many threads, and of the row operations."""
-    values = []
-    for case in (Case("one long", (1100,), heads=1), Case("many", (5, 64, 0, 33) * 4)):
-        qkv, grad = case.inputs(torch.float32)
-        options = {"max_seqlen": 1100, "dropout_p": 0.1, "seed": SEED}
-        call = functools.partial(BACKEND.adapter().attention, **options)
-        values += equivalence.run(lambda x: call(x, *case.index("cpu")), grad, qkv)  # noqa: B023
-    for op in ("embed", "add_norm", "bias_act"):
-        case = RowCase(op, 1200, 33)
-        computed = case.compute(
-            case.by(BACKEND.adapter().rowops, "cpu", 0.1), "cpu", torch.float32, torch.float32
-        )
-        values += computed.values()
-    return values
+    run = [
+        case.run(BACKEND.operations, "cpu", torch.float32, dropout_of(0.1, "cpu")) for case in CASES
+    ]
+    return [x for values in run for x in values.values()]
 
 
 def test_the_number_of_threads_changes_no_bit(threads):
@@ -83,13 +77,13 @@ def test_the_threads_are_torch_s_own():
     counts = in_a_process("""
         import os
         import sklearn.utils._openmp_helpers, torch
-        from fasttx.ops import cpu
+        from fasttx.ops.contract import Spans
+        from fasttx.ops.registry import BACKENDS
         torch.set_num_threads(2)
         count = lambda: len(os.listdir("/proc/self/task"))
         at_first = count()
-        starts = torch.arange(8, dtype=torch.int32) * 64
-        lens = torch.full_like(starts, 64)
-        cpu.attention(torch.randn(512, 3, 2, 16), starts, lens, max_seqlen=64)
+        spans = Spans.from_cu_seqlens(torch.arange(9) * 64, 64, 512)
+        BACKENDS["cpu"].operations.attention(torch.randn(512, 3, 2, 16), spans)
         by_attention = count()
         torch.randn(1 << 20).exp()
         print(by_attention - at_first, count() - at_first)
@@ -103,8 +97,8 @@ def test_the_runtime_is_the_one_that_torch_is_linked_to():
         import subprocess
         import sklearn.utils._openmp_helpers, torch
         from pathlib import Path
-        from fasttx.kernels import cpu
-        address = next(a for a in cpu.openmp_entry_points() if a)
+        from fasttx.kernels.cpu import library
+        address = next(a for a in library.openmp_entry_points() if a)
         for line in open("/proc/self/maps"):
             span, *_, path = line.split()
             first, last = (int(x, 16) for x in span.split("-"))

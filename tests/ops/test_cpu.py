@@ -1,41 +1,42 @@
-"""The CPU kernels, beyond what every backend is tested for: each instruction set, bfloat16,
-torch.compile, long sequences, errors, training.
-
-T rows, B sequences, H heads, D head_dim, L length.
+"""The CPU kernels beyond what every backend is tested for: each instruction set, bfloat16, long
+sequences, torch.compile, errors, training. L length, D head_dim.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fasttx.kernels.cpu import library as kernels
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttx import TransformerClassifier
 from fasttx.device import autocast
 from fasttx.errors import BackendUnavailableError
-from fasttx.kernels import cpu as kernels
 from fasttx.ops import dropout, registry
+from fasttx.ops.contract import Spans
+from fasttx.ops.dropout import NO_DROPOUT
 from fasttx.ops.registry import BACKENDS
-from tests import equivalence
-from tests.equivalence import Case, Measure
-from tests.ops.test_attention import check as check_attention
-from tests.ops.test_rowops import RowCase
-from tests.ops.test_rowops import check as check_rows
+from fasttx.testing import AttentionCase, Measure, RowCase, checking, dropout_of, largest
+from fasttx.testing.attention import BY_NAME
+from tests.backends import Target, check
 
 BUILT = kernels.library_path() is not None
 BACKEND = BACKENDS["cpu"]
+TARGET = Target(BACKEND, "cpu")
 pytestmark = pytest.mark.skipif(
     not BUILT, reason="; ".join(BACKEND.unavailable_reasons("cpu", torch.float32, 16))
 )
 
 SETS = kernels.instruction_sets() if BUILT else []
 SEED = torch.tensor(0x1234567_89ABCDEF)
+LENS = (33, 1, 0, 70, 16)
 CPU = torch.device("cpu")
 FULL_AND_CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
@@ -48,6 +49,15 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     assert kernels.instruction_set() == request.param
     yield request.param
     kernels.use_instruction_set(before)
+
+
+OPERATIONS = ("embed", "add_norm", "relu", "gelu")
+
+
+def row_case(op: str, rows: int, columns: int) -> RowCase:
+    if op in ("relu", "gelu"):
+        return RowCase("bias_act", rows, columns, op)
+    return RowCase(op, rows, columns)
 
 
 # ------------------------------------------------------------------------- each instruction set
@@ -87,60 +97,54 @@ def test_masks_are_those_of_the_specification(instruction_set):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("p", [0.0, 0.1])
 @FULL_AND_CAUSAL
 @pytest.mark.parametrize("head_dim", [8, 16, 20, 32, 64, 100, 128])
-def test_attention(instruction_set, head_dim, causal, p):
-    case = Case(f"head_dim {head_dim}", (33, 1, 0, 70, 16), head_dim=head_dim)
-    check_attention(BACKEND, "cpu", case, torch.float32, causal, p)
+def test_attention(instruction_set, head_dim, causal):
+    case = AttentionCase(f"head_dim {head_dim}", LENS, head_dim=head_dim, causal=causal)
+    check(TARGET, case, torch.float32, 0.0, 0.1)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", ["gapped views", "infinite", "peaked", "long", "alike"])
 def test_attention_of_hard_cases(instruction_set, name):
-    case = equivalence.BY_NAME[name]
-    check_attention(BACKEND, "cpu", case, torch.float32, name != "long", 0.1)
+    check(TARGET, replace(BY_NAME[name], causal=name != "long"), torch.float32, 0.1)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("columns", [1, 3, 7, 9, 15, 17, 31, 47, 100, 129])
-@pytest.mark.parametrize("op", ["embed", "add_norm", "relu", "gelu"])
-def test_rows_of_odd_width(instruction_set, op, columns, p):
-    activation = op if op in ("relu", "gelu") else "relu"
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_rows_of_odd_width(instruction_set, op, columns):
     if (op, columns) == ("add_norm", 1):
-        pytest.skip("the gradient of LayerNorm over one column is nothing but rounding errors")
+        columns = 2  # over one column the gradient of LayerNorm is nothing but rounding errors
     for rows in (1, 35, 530):
-        case = RowCase(op if op in ("embed", "add_norm") else "bias_act", rows, columns, activation)
-        check_rows(case, BACKEND, "cpu", torch.float32, p)
+        check(TARGET, row_case(op, rows, columns), torch.float32, 0.0, 0.1)
 
 
 # ------------------------------------------------------------------------------------- bfloat16
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("head_dim", [8, 20, 32, 64, 128])
-def test_attention_in_bfloat16(instruction_set, head_dim, p):
-    case = Case(f"head_dim {head_dim}", (33, 1, 0, 70, 16), head_dim=head_dim)
-    check_attention(BACKEND, "cpu", case, torch.bfloat16, p > 0, p)
+def test_attention_in_bfloat16(instruction_set, head_dim):
+    case = AttentionCase(f"head_dim {head_dim}", LENS, head_dim=head_dim)
+    check(TARGET, case, torch.bfloat16, 0.0)
+    check(TARGET, replace(case, causal=True), torch.bfloat16, 0.1)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", ["gapped views", "infinite", "long"])
 def test_attention_of_hard_cases_in_bfloat16(instruction_set, name):
-    check_attention(BACKEND, "cpu", equivalence.BY_NAME[name], torch.bfloat16, False, 0.1)
+    check(TARGET, BY_NAME[name], torch.bfloat16, 0.1)
 
 
 def test_the_mask_in_bfloat16_is_the_reference_s(instruction_set):
     """Where v is the unit matrix, out is the weights; where dout is, dv is, transposed."""
     q, k = torch.randn(2, 100, 2, 128).bfloat16()
     eye = torch.eye(100, 128).bfloat16()[:, None].expand(-1, 2, -1)
-    span, options = (torch.tensor([0]), torch.tensor([100])), {"dropout_p": 0.4, "seed": SEED}
-    dropped = []
+    spans, dropped = AttentionCase("one", (100,)).spans(), []
     for name in ("reference", "cpu"):
         v = eye.clone().requires_grad_()
-        out = BACKENDS[name].adapter().attention_qkv(q, k, v, *span, max_seqlen=100, **options)
+        out = BACKENDS[name].operations.attention_qkv(q, k, v, spans, dropout_of(0.4, "cpu"))
         (dv,) = torch.autograd.grad(out, v, eye)
         dropped.append(torch.stack((out == 0, dv == 0)))
     assert torch.equal(*dropped)
@@ -157,65 +161,22 @@ def check_autocast_s_mix(case: RowCase, p: float) -> None:
     next one reads in bfloat16, all else in float32. Against float64: as exact as float32, but for
     one rounding of each value that is stored in bfloat16.
     """
-    low = {"y", "u"}
-    leaves = {k: x.bfloat16() if k in low else x.float() for k, x in case.leaves().items()}
-    g = torch.Generator().manual_seed(3)
-    shape = case.rows, case.columns
-    grads = [torch.randn(shape, generator=g).bfloat16()]
-    if case.op == "add_norm":
-        grads.insert(0, torch.randn(shape, generator=g))
-
-    def compute(function: Any, *dtypes: torch.dtype) -> dict[str, Tensor]:
-        given = {k: x.to(*dtypes).detach().requires_grad_() for k, x in leaves.items()}
-        outs = function(**given)
-        outs = outs if isinstance(outs, tuple) else (outs,)
-        gradients = torch.autograd.grad(outs, tuple(given.values()), [x.to(*dtypes) for x in grads])
-        names = [*("out", "normed")[-len(outs) :], *(f"d{k}" for k in given)]
-        return dict(zip(names, (*outs, *gradients), strict=True))
-
-    exact = compute(case.plain(p), torch.float64)
-    actual = compute(case.by(BACKEND.adapter().rowops, "cpu", p))
-    for name, x in actual.items():
-        is_low = name in ("normed", "dy", "du")
+    exact = case.define(torch.bfloat16, torch.float64, p, checking.SEED)
+    for name, x in case.run(TARGET.operations, "cpu", torch.bfloat16, dropout_of(p, "cpu")).items():
+        is_low = name in ("normed", "dy", "du") or (name, case.op) == ("out", "bias_act")
         assert x.dtype == (torch.bfloat16 if is_low else torch.float32), name
         allowed = ROUNDING * exact[name].abs() if is_low else 0.0
-        allowed = allowed + 1e-5 * max(1.0, equivalence.largest(exact[name]))
+        allowed = allowed + 1e-5 * max(1.0, largest(exact[name]))
         assert ((x.double() - exact[name]).abs() <= allowed).all(), f"{case}: {name}"
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("columns", [3, 16, 31, 129, 256])
 @pytest.mark.parametrize("op", ["add_norm", "relu", "gelu"])
-def test_rows_under_autocast(instruction_set, op, columns, p):
+def test_rows_under_autocast(instruction_set, op, columns):
     for rows in (1, 35, 530):
-        if op == "add_norm":
-            check_autocast_s_mix(RowCase(op, rows, columns), p)
-        else:
-            check_autocast_s_mix(RowCase("bias_act", rows, columns, op), p)
-
-
-@pytest.mark.parametrize("wanted", ["sum", "normed"])
-def test_add_norm_of_which_one_output_is_used(wanted):
-    h, y = torch.randn(5, 16, requires_grad=True), torch.randn(5, 16).bfloat16().requires_grad_()
-    vectors = torch.randn(3, 16).unbind()
-    values = []
-    for name in ("reference", "cpu"):
-        out = BACKENDS[name].adapter().rowops.add_norm(h, y, *vectors, 0.0, None)
-        used = out[wanted == "normed"].float()
-        values.append(torch.autograd.grad(used.square().sum(), (h, y)))
-        assert [x.dtype for x in values[-1]] == [torch.float32, torch.bfloat16]
-    torch.testing.assert_close(values[1], values[0], rtol=0.1, atol=0.1)
-
-
-def test_projections_of_two_dtypes():
-    q, k, v = torch.randn(3, 9, 2, 16)
-    span = torch.tensor([0]), torch.tensor([9])
-    attention_qkv = functools.partial(BACKEND.adapter().attention_qkv, max_seqlen=9)
-    low = q.bfloat16()
-    out = attention_qkv(low, k, v, *span)
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, attention_qkv(low.float(), k, v, *span).bfloat16())
+        for p in (0.0, 0.1):
+            check_autocast_s_mix(replace(row_case(op, rows, columns), mixed=True), p)
 
 
 def test_autocast_copies_nothing_inside_the_blocks():
@@ -239,81 +200,13 @@ def test_autocast_copies_nothing_inside_the_blocks():
     assert found[0] == found[1] <= 4
 
 
-# ----------------------------------------------------------------------- operators, torch.compile
-
-
-def operator_calls(dtype: torch.dtype) -> list[Any]:
-    """(operator, arguments) of each one, with and without dropout; dtype of what linear layers
-    hand in and take."""
-    starts, lens = torch.tensor([0, 6], dtype=torch.int32), torch.tensor([5, 3], dtype=torch.int32)
-    ids, position_ids = torch.tensor([1, 4, 1]), torch.arange(3, dtype=torch.int32)
-    calls = []
-
-    def add(name: str, *arguments: Any) -> None:
-        threshold = next(x for x in arguments if type(x) is int and x in (0, 6554))
-        identity = f"{name}, {'dropout' if threshold else 'plain'}, {dtype}"
-        calls.append(pytest.param(name, arguments, id=identity))
-
-    def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape).to(dtype).requires_grad_()
-
-    def vector() -> Tensor:
-        return leaf(12, dtype=torch.float32)
-
-    for drop in ((None, 0), (SEED, 6554)):
-        spans = (starts, lens, *drop, True, 0.3)
-        out, q, k, v = torch.randn(4, 9, 2, 8).to(dtype)
-        lse = torch.randn(2, 9)
-        add("attention", leaf(9, 3, 2, 8), *spans)
-        add("attention_qkv", leaf(9, 2, 8), leaf(9, 2, 8), leaf(9, 2, 8), *spans)
-        add("attention_backward", out, torch.stack((q, k, v), 1), out, lse, *spans)
-        add("attention_qkv_backward", out, q, k, v, out, lse, *spans)
-        h = leaf(5, 12, dtype=torch.float32)
-        add("add_norm", h, leaf(5, 12), vector(), vector(), vector(), *drop)
-        row, column = torch.rand(5), torch.randn(12)
-        h, x = torch.randn(5, 12), torch.randn(5, 12).to(dtype)
-        add("add_norm_backward", h, x, h, column, row, row, *drop)
-        add("bias_act", leaf(5, 12), vector(), *drop, False)
-        add("bias_act", leaf(5, 12), vector(), *drop, True)
-        add("bias_act_backward", x, x, column, None, *drop, True)
-        add("bias_act_backward", x, None, None, x, *drop, False)
-        if dtype == torch.float32:
-            add("embed", ids, position_ids, leaf(6, 12), torch.randn(4, 12), *drop)
-            add("embed_backward", torch.randn(3, 12), ids, 6, *drop)
-    return calls
-
-
-OPERATOR_CALLS = operator_calls(torch.float32) + operator_calls(torch.bfloat16)
-
-
-@pytest.mark.parametrize(("name", "arguments"), OPERATOR_CALLS)
-def test_operators_keep_torch_s_rules(name, arguments):
-    BACKEND.adapter()
-    torch.library.opcheck(getattr(torch.ops.fasttx, f"cpu_{name}"), arguments)
-
-
-def test_every_operator_is_checked():
-    schemas = (line.partition("(")[0] for line in BACKEND.adapter()._SCHEMAS.split("\n") if line)
-    assert {f"cpu_{call.values[0]}" for call in OPERATOR_CALLS} == set(schemas)
-
-
-def test_a_second_derivative_is_refused():
-    model = tiny()
-    loss = model(torch.tensor([[3, 4, 5, 0]])).square().sum()
-    first = torch.autograd.grad(loss, model.embedding, create_graph=True)[0]
-    with pytest.raises(NotImplementedError, match="second derivative.*reference"):
-        first.square().sum().backward()
+# --------------------------------------------------------------------------------- torch.compile
 
 
 def tiny(backend: str = "cpu", **settings: Any) -> TransformerClassifier:
     torch.manual_seed(0)
-    settings = {
-        "d_model": 32,
-        "num_heads": 2,
-        "num_layers": 2,
-        "d_ff": 40,
-        "max_len": 40,
-    } | settings
+    sizes = {"d_model": 32, "num_heads": 2, "num_layers": 2, "d_ff": 40, "max_len": 40}
+    settings = sizes | settings
     return TransformerClassifier(50, attn_backend=backend, **settings)
 
 
@@ -346,12 +239,11 @@ def test_a_compiled_model_is_the_same(precision):
 
 
 @FULL_AND_CAUSAL
-@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("length", [511, 512, 513, 1024, 1025, 1300])
-def test_blocks_of_keys(length, p, causal):
+def test_blocks_of_keys(length, causal):
     """A block is 512 keys, and a thread's share 512 queries."""
-    case = Case(f"length {length}", (3, length), heads=1)
-    check_attention(BACKEND, "cpu", case, torch.float32, causal, p)
+    case = AttentionCase(f"length {length}", (3, length), heads=1, causal=causal)
+    check(TARGET, case, torch.float32, 0.0, 0.1)
 
 
 def attend_by_rows(qkv: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -371,16 +263,11 @@ def attend_by_rows(qkv: Tensor, grad: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_sequence_of_8192():
-    case = Case("8192", (8192,), heads=1)
+    case = AttentionCase("8192", (8192,), heads=1, causal=True)
     qkv, grad = case.inputs(torch.float32)
-    exact = Measure.of(lambda wide: attend_by_rows(qkv.to(wide), grad.to(wide)), torch.float32)
-    starts, lens = case.index("cpu")
-    out, dqkv = equivalence.run(
-        lambda x: BACKEND.adapter().attention(x, starts, lens, max_seqlen=8192, causal=True),
-        grad, qkv,
-    )  # fmt: skip
-    dq, dk, dv = dqkv.unbind(1)
-    exact.check("8192", out=out, dq=dq, dk=dk, dv=dv)
+    exact, plain = (attend_by_rows(qkv.to(x), grad.to(x)) for x in (torch.float64, torch.float32))
+    values = case.run(TARGET.operations, "cpu", torch.float32)
+    assert not Measure.of(exact, plain, torch.float32).compare("8192", values).failures
 
 
 # --------------------------------------------------------------------------------------- errors
@@ -396,16 +283,15 @@ def test_a_sequence_of_8192():
         ([2**31 - 1, 0], [2, 1], 0),
     ],
 )
-def test_spans_that_cannot_be(starts, lens, sequence):
+def test_the_kernels_refuse_spans_that_nobody_checked(starts, lens, sequence):
+    """They would read and write past the end."""
     qkv = torch.randn(10, 3, 1, 8)
-    for call, given in (
-        (BACKEND.adapter().attention, (qkv,)),
-        (BACKEND.adapter().attention_qkv, qkv.unbind(1)),
-    ):
-        with pytest.raises(
-            ValueError, match=f"^sequence {sequence} leaves the rows .* or overlaps"
-        ):
-            call(*given, torch.tensor(starts), torch.tensor(lens), max_seqlen=10)
+    spans = Spans(torch.tensor(starts).int(), torch.tensor(lens).int(), 10)
+    message = f"^sequence {sequence} leaves the rows .* or overlaps"
+    with pytest.raises(ValueError, match=message):
+        TARGET.operations.attention(qkv, spans)
+    with pytest.raises(ValueError, match=message):
+        TARGET.operations.attention_qkv(*qkv.unbind(1), spans)
 
 
 @pytest.mark.parametrize(
@@ -418,11 +304,9 @@ def test_spans_that_cannot_be(starts, lens, sequence):
     ],
 )
 def test_an_id_outside_its_table(ids, places):
-    table, positions = torch.randn(6, 8), torch.randn(4, 8)
+    tables = torch.randn(6, 8), torch.randn(4, 8)
     with pytest.raises(IndexError, match="row 2 has an id outside the embedding table"):
-        BACKEND.adapter().rowops.embed(
-            torch.tensor(ids), torch.tensor(places), table, positions, 0.0, None
-        )
+        TARGET.operations.embed(torch.tensor(ids), torch.tensor(places), *tables, NO_DROPOUT, 1.0)
 
 
 @pytest.mark.parametrize(

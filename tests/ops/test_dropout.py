@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fasttx.ops import dropout
-from tests import equivalence
+from fasttx.ops.dropout import NO_DROPOUT, Dropout
+from fasttx.testing import RowCase, dropout_of, philox
+from tests.backends import over_backends
 
 ZEROS, ONES = ((0,) * 4, (0,) * 2), ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2)
 PI = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
@@ -39,7 +41,7 @@ def test_philox_known_answers(rounds, block, words, form):
     counter, key = block if form == "ints" else map(as_tensors, block)
     answer = dropout.philox4x32(counter, key, rounds)
     assert " ".join(f"{int(w):08x}" for w in answer) == words
-    assert " ".join(f"{w:08x}" for w in equivalence.philox(*block, rounds)) == words
+    assert " ".join(f"{w:08x}" for w in philox.philox(*block, rounds)) == words
 
 
 def test_philox_has_seven_rounds_unless_told():
@@ -52,13 +54,13 @@ def test_philox_equals_python_ints_on_random_counters():
     blocks = [[draw.getrandbits(32) for _ in range(6)] for _ in range(500)]
     columns = [torch.tensor(c) for c in zip(*blocks, strict=True)]
     words = torch.stack(dropout.philox4x32(tuple(columns[:4]), tuple(columns[4:])), 1)
-    assert words.tolist() == [list(equivalence.philox(b[:4], b[4:])) for b in blocks]
+    assert words.tolist() == [list(philox.philox(b[:4], b[4:])) for b in blocks]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_split_seed_is_low_then_high(seed):
     low, high = dropout.split_seed(seed_tensor(seed))
-    assert (int(low), int(high)) == equivalence.key_of(seed)
+    assert (int(low), int(high)) == philox.key_of(seed)
 
 
 # -------------------------------------------------------------------------------------- the layout
@@ -72,7 +74,7 @@ def test_attention_mask_element_by_element(seed):
     assert keep.shape == (sequences, heads, queries, keys)
     assert keep.dtype == torch.bool
     for b, h, q, k in np.ndindex(*keep.shape):
-        assert keep[b, h, q, k] == (equivalence.element_uniform(seed, k, (q, h, b)) >= t)
+        assert keep[b, h, q, k] == (philox.element_uniform(seed, k, (q, h, b)) >= t)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -82,7 +84,7 @@ def test_row_mask_element_by_element(seed):
     assert keep.shape == (7, 19)
     assert keep.dtype == torch.bool
     for row, column in np.ndindex(*keep.shape):
-        uniform = equivalence.element_uniform(seed, column, (row, 0, 0))
+        uniform = philox.element_uniform(seed, column, (row, 0, 0))
         assert keep[row, column] == (uniform >= t)
 
 
@@ -90,7 +92,7 @@ def test_row_mask_element_by_element(seed):
 def test_attention_mask_of_larger_shapes(shape):
     """Against the vectorised generator of the oracle, which the other tests use too."""
     for seed in (-3, 12345678987654321):
-        uniforms = torch.from_numpy(equivalence.attention_uniforms(seed, *shape).astype(np.int64))
+        uniforms = torch.from_numpy(philox.attention_uniforms(seed, *shape).astype(np.int64))
         for t in (1, 6554, 32768, 65535):
             assert torch.equal(dropout.attention_keep(seed_tensor(seed), *shape, t), uniforms >= t)
 
@@ -120,7 +122,7 @@ def test_site_seeds(seed):
     assert seeds.dtype == torch.int64
     expected = []
     for site in range(19):
-        low, high, _, _ = equivalence.philox((site, 0, 0, 1), equivalence.key_of(seed))
+        low, high, _, _ = philox.philox((site, 0, 0, 1), philox.key_of(seed))
         expected.append(int(np.uint64(low | high << 32).astype(np.int64)))
     assert seeds.tolist() == expected
     assert len(set(expected)) == 19
@@ -131,7 +133,7 @@ def test_site_seeds(seed):
 @pytest.mark.parametrize("rank", [0, 3])
 def test_forward_seed(run_seed, step, rank):
     counter = (step % 2**32, step >> 32, rank, 0)
-    low, high, _, _ = equivalence.philox(counter, equivalence.key_of(run_seed))
+    low, high, _, _ = philox.philox(counter, philox.key_of(run_seed))
     seed = dropout.forward_seed(run_seed, step, rank)
     assert seed == int(np.uint64(low | high << 32).astype(np.int64))
     torch.tensor(seed, dtype=torch.int64)  # fits
@@ -188,31 +190,44 @@ def test_exact_keep_probability(monkeypatch, p):
     assert torch.equal(dropout.row_keep(seed, 8192, 8, t).flatten(), torch.arange(65536) >= t)
 
 
-@pytest.mark.parametrize("seed", [3, torch.tensor(3.0), torch.tensor([3]), torch.tensor(3).int()])
+WRONG_SEEDS = [None, 3, torch.tensor(3.0), torch.tensor([3]), torch.tensor(3).int()]
+
+
+@pytest.mark.parametrize("seed", WRONG_SEEDS, ids=repr)
 def test_a_seed_that_is_no_int64_scalar_is_refused(seed):
     with pytest.raises(TypeError, match=r"seed is .* int64 tensor"):
-        dropout.row_dropout(torch.ones(2, 2), 0.5, seed)
-
-
-@pytest.mark.parametrize("seed", [3, torch.tensor(3.0), torch.tensor([3]), torch.tensor(3).int()])
-def test_a_forward_seed_that_is_no_int64_scalar_is_refused(seed):
+        Dropout.of(0.5, seed)
     with pytest.raises(TypeError, match=r"seed is .* int64 tensor"):
         dropout.site_seeds(seed, 2)
 
 
-def test_a_missing_seed_is_refused():
-    with pytest.raises(TypeError, match="seed is None"):
-        dropout.row_dropout(torch.ones(2, 2), 0.5, None)
+@pytest.mark.parametrize("p", [-0.1, 1.1, math.inf, math.nan])
+def test_a_site_refuses_what_is_no_probability(p):
+    with pytest.raises(ValueError, match=r"dropout_p is .*between 0 and 1"):
+        Dropout.of(p, seed_tensor(1))
 
 
-def test_seeds_are_tensors_that_a_graph_may_rewrite():
-    """The mask follows the value the tensor holds now: no Python number is frozen on the way."""
-    seed = seed_tensor(1)
-    first = dropout.row_keep(seed, 8, 64, 32768)
-    seed.fill_(2)
-    second = dropout.row_keep(seed, 8, 64, 32768)
-    assert not torch.equal(first, second)
-    assert torch.equal(second, dropout.row_keep(seed_tensor(2), 8, 64, 32768))
+@pytest.mark.parametrize("p", [0.0, 0, 2**-18])
+def test_a_site_that_drops_nothing_needs_no_seed(p):
+    assert Dropout.of(p, None)[:2] == NO_DROPOUT[:2]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("op", ["embed", "add_norm", "bias_act"])
+@over_backends(dropout="shared")
+def test_masks_do_not_depend_on_the_number_of_rows(target, op):
+    case, device = RowCase(op, 40, 24), target.device
+    inputs = {**case.leaves(torch.float32), **case.fixed(torch.float32)}
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+
+    def of_first(rows: int) -> torch.Tensor:
+        """The first output, of the first rows of what has rows."""
+        some = {"h", "y", "u", "ids", "position_ids"}
+        cut = {name: x[:rows] if name in some else x for name, x in inputs.items()}
+        return case.call(target.operations, cut, dropout_of(0.5, device))[0]
+
+    for rows in (1, 7, 8, 33):
+        torch.testing.assert_close(of_first(rows), of_first(40)[:rows])
 
 
 # ---------------------------------------------------------------------------------- the statistics

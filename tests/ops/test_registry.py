@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import logging
 import sys
 import types
@@ -17,9 +16,10 @@ import torch
 import fasttx
 from fasttx import TransformerClassifier
 from fasttx.errors import BackendUnavailableError, ConfigError
-from fasttx.ops import reference, registry
+from fasttx.ops import registry
+from fasttx.ops.contract import Adapter
+from fasttx.ops.reference import ReferenceOperations
 from fasttx.ops.registry import BACKENDS, Backend
-from fasttx.ops.rows import RowOps
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = torch.tensor([[3, 4, 5], [6, 0, 0]])
@@ -44,19 +44,23 @@ def fake(monkeypatch) -> Callable[..., Backend]:
         reasons: Callable[..., list[str]] = lambda device, dtype, head_dim: [],
         first: bool = False,
     ) -> Backend:
-        adapter = types.ModuleType(f"adapter_{name}")
-        adapter.calls = []
+        module = types.ModuleType(f"adapter_{name}")
+        module.calls = []
 
-        def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-            adapter.calls.append(kwargs)
-            return reference.attention(*args, **kwargs)
+        class Operations(ReferenceOperations):
+            def attention(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+                module.calls.append(args)
+                return super().attention(*args, **kwargs)
 
-        adapter.attention = attention
-        adapter.attention_qkv = reference.attention_qkv
-        adapter.rowops = reference.rowops
-        adapter.unavailable_reasons = reasons
-        backend = Backend(name, adapter.__name__, "a fake", devices, dtypes, "shared")
-        monkeypatch.setitem(sys.modules, adapter.__name__, adapter)
+        class FakeAdapter(Adapter):
+            operations = Operations()
+
+            def unavailable_reasons(self, *where: Any) -> list[str]:
+                return reasons(*where)
+
+        module.adapter = FakeAdapter()
+        backend = Backend(name, module.__name__, "a fake", devices, dtypes, "shared")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
         table = registry.BACKENDS
         table = {name: backend, **table} if first else {**table, name: backend}
         monkeypatch.setattr(registry, "BACKENDS", table)
@@ -71,34 +75,6 @@ def tiny(backend: str, **settings: Any) -> TransformerClassifier:
 
 
 # ------------------------------------------------------------------------------------- the table
-
-
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda b: b.name)
-def test_records(backend):
-    assert BACKENDS[backend.name] is backend
-    assert backend.name != "auto"
-    assert backend.module.startswith("fasttx.ops.")
-    assert backend.summary
-    assert backend.dropout in ("shared", "torch")
-    assert set(backend.dtypes) <= set(FLOATS)
-
-
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda b: b.name)
-def test_adapters_have_one_interface(backend):
-    device = backend.devices[0] if backend.devices else "cpu"
-    if reasons := backend.unavailable_reasons(device, backend.dtypes[0], 32):
-        pytest.skip("; ".join(reasons))
-    adapter = backend.adapter()
-    assert isinstance(adapter.rowops, RowOps)
-    options = ["max_seqlen", "dropout_p", "seed", "causal", "scale"]
-    parameters = inspect.signature(adapter.attention_qkv).parameters
-    assert list(parameters) == ["q", "k", "v", "seq_starts", "seq_lens", *options]
-    assert all(parameters[name].kind == inspect.Parameter.KEYWORD_ONLY for name in options)
-    assert parameters["max_seqlen"].default is inspect.Parameter.empty
-    assert [parameters[name].default for name in options[1:]] == [0.0, None, False, None]
-    assert list(inspect.signature(adapter.unavailable_reasons).parameters) == [
-        "device", "dtype", "head_dim",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -145,10 +121,7 @@ def test_an_unknown_name_lists_the_known(name):
 
 @pytest.mark.parametrize("name", ["sdpa", "reference"])
 def test_a_name_is_that_backend(name):
-    ops = registry.resolve(name, "cpu", torch.float32, 32)
-    adapter = BACKENDS[name].adapter()
-    assert ops.attention is adapter.attention
-    assert ops.rowops is adapter.rowops
+    assert registry.resolve(name, "cpu", torch.float32, 32) is BACKENDS[name].operations
     assert registry.resolve_name(name, "cpu", torch.float32, 32) == name
 
 
@@ -277,12 +250,12 @@ def test_auto_is_resolved_again_when_the_model_moves(fake):
     ):
         assert move() is model
         assert model.backend == name
-    adapter = backend.adapter()
+    calls = sys.modules[backend.module].calls
     model(IDS)
-    assert not adapter.calls
+    assert not calls
     model.half()
     model(IDS)
-    assert len(adapter.calls) == 1  # one layer
+    assert len(calls) == 1  # one layer
 
 
 def test_a_model_inside_another_module_follows_too(fake):
