@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -147,6 +149,14 @@ def test_metal_whatever_it_takes(timed, monkeypatch):
     monkeypatch.setenv("FASTTX_MPS", "metal")
     timed["metal"] = 9.0
     assert choice.choose(*FLOAT).path == "metal"
+
+
+def test_the_adapter_is_imported_without_kernels_and_oracle():
+    """They come in at the first choice: a model on another path, or a listing, needs neither."""
+    code = "import sys, fasttx.ops.mps.adapter; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"fasttx.kernels.metal", "fasttx.ops.mps.metal", "fasttx.testing"}
+    assert not heavy & set(done.stdout.split())
 
 
 def test_lean_on_request(monkeypatch):
