@@ -1,4 +1,4 @@
-// Dropout bits from Philox4x32-7 (Salmon et al., SC'11): what fasttx/attention/dropout.py specifies.
+// Dropout bits from Philox4x32-7 (Salmon et al., SC'11): what fasttx/ops/dropout.py specifies.
 #pragma once
 #include "simd.h"
 

@@ -102,7 +102,7 @@ def test_labels_follow_the_grammar(corpus: Corpus) -> None:
 
 
 def test_bag_of_words_is_not_enough(corpus: Corpus) -> None:
-    """The figure that the README states: all training texts, unigram counts, linear."""
+    """The figure that docs/accuracy.md states: all training texts, unigram counts, linear."""
     pytest.importorskip("sklearn")
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
