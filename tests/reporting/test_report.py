@@ -295,23 +295,23 @@ def test_throughput_of_each_interval() -> None:
 
 def slow_integrated_gradients(model, ids: np.ndarray, target: int, rival: int, points: int):
     """Midpoints, one at a time, in float64, with the model's layers called one by one."""
-    from fasttx.ops.rows import layer_norm
-
     from fasttx.models.classifier import mean_pool
+    from fasttx.ops.contract import Spans
+    from fasttx.ops.dropout import NO_DROPOUT
 
     n = len(ids)
     words = model.embedding[torch.from_numpy(ids)].detach()
     baseline = model.embedding[UNK_ID].detach()
     cu_seqlens = torch.tensor([0, n], dtype=torch.int32)
-    spans = {"seq_starts": cu_seqlens[:1], "seq_lens": cu_seqlens[1:], "max_seqlen": n}
+    spans = Spans.from_cu_seqlens(cu_seqlens, n, n)
 
     def margin(rows):
         h = rows * rows.shape[1] ** 0.5 + model.positions[:n]
         norms = [*(block.norm1 for block in model.blocks), model.norm]
-        x = layer_norm(h, norms[0].weight, norms[0].bias)
+        x = norms[0](h)
         for block, norm in zip(model.blocks, norms[1:], strict=True):
-            h, x = block(h, x, norm, model._ops, spans, [None] * 4)
-        logits = model.head(mean_pool(x, cu_seqlens), model._ops, None)[0]
+            h, x = block(h, x, norm, model._ops, spans, [NO_DROPOUT] * 4)
+        logits = model.head(mean_pool(x, cu_seqlens), model._ops, NO_DROPOUT)[0]
         return logits[target] - logits[rival]
 
     total = torch.zeros_like(words)
