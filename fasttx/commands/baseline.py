@@ -34,9 +34,8 @@ ALL = (
     ("nbsvm", 3),
 )  # fmt: skip
 DATA_SETTINGS = (
-    "dataset", "text_column", "label_column", "train_samples", "test_samples", "seed",
-    "split_seed",
-)  # fmt: skip
+    "dataset text_column label_column train_samples test_samples seed split_seed"
+).split()
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -97,10 +97,10 @@ def _of_run(
 
 def _linear(kind: str, ngrams: int, dataset: data.TextDataset, seed: int) -> Member:
     """Fitted on the training split alone: the weights are fitted on the validation split."""
+    train, classes = dataset.train, len(dataset.label_names)
     fitted = bag_of_words.fit(
-        kind, ngrams, dataset.train.texts, dataset.train.labels,
-        num_classes=len(dataset.label_names), seed=seed,
-    )  # fmt: skip
+        kind, ngrams, train.texts, train.labels, num_classes=classes, seed=seed
+    )
     return Member(bag_of_words.title(kind, ngrams), fitted.logits)
 
 
@@ -134,8 +134,8 @@ def _measure(
 ) -> tuple[Pool, Predictions, dict[str, Any]]:
     """The pool, what it says of the test split, and what results.json says of both."""
     valid, test = dataset.validation, dataset.test
-    log.info("measuring on %s validation and %s test texts ...",
-             f"{len(valid.texts):,}", f"{len(test.texts):,}")  # fmt: skip
+    sizes = f"{len(valid.texts):,} validation and {len(test.texts):,} test texts"
+    log.info("measuring on %s ...", sizes)
     of_valid = np.stack([m.logits(valid.texts) for m in members])
     of_test = np.stack([m.logits(test.texts) if m.test is None else m.test for m in members])
     pool = Pool.fit(of_valid, valid.labels)
@@ -157,7 +157,7 @@ def _measure(
             row["test_accuracy_without"] = accuracy(rest(of_test[others]), test)
         rows.append(row)
     answers = Predictions(pool(of_test).astype(np.float32), test.labels)
-    return pool, answers, {
+    found = {
         "test_accuracy": answers.metrics.accuracy,
         "test_loss": answers.metrics.loss,
         "test": answers.metrics.to_dict(),
@@ -165,7 +165,8 @@ def _measure(
         "val_accuracy": accuracy(pool(of_valid), valid),
         "members": rows,
         "bias": pool.bias.tolist(),
-    }  # fmt: skip
+    }
+    return pool, answers, found
 
 
 def _table(results: Mapping[str, Any]) -> str:
@@ -225,10 +226,8 @@ def _ensemble(args: argparse.Namespace) -> None:
             for note in notes:
                 log.info("%s", note)
         pool, answers, results = _measure(members, dataset)
-        log.info(
-            "\n%s\n\non the test split:\n%s\n", _table(results),
-            format_metrics(answers.metrics, dataset.label_names),
-        )  # fmt: skip
+        measured = format_metrics(answers.metrics, dataset.label_names)
+        log.info("\n%s\n\non the test split:\n%s\n", _table(results), measured)
         if folder is not None:
             folder.path.mkdir(parents=True, exist_ok=True)
             answers.save(folder.test_predictions)
@@ -264,14 +263,20 @@ def add_command(commands: Any) -> None:
         "run", nargs="+", type=Path, metavar="RUN", help="run folders that train.py wrote"
     )
     parser.add_argument(
-        "--linear", action="append", choices=bag_of_words.KINDS, default=[], metavar="KIND",
+        "--linear",
+        action="append",
+        choices=bag_of_words.KINDS,
+        default=[],
+        metavar="KIND",
         help=f"a linear model to take in, as `fasttx baseline` has it (scikit-learn): one of "
         f"{', '.join(bag_of_words.KINDS)}; can be given several times",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--ngrams", type=int, choices=bag_of_words.NGRAMS,
+        "--ngrams",
+        type=int,
+        choices=bag_of_words.NGRAMS,
         help="words in a row that the linear models count (default: each one's own)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--pseudo-labels", action="store_true", help="label the dataset's unlabelled texts too"
     )

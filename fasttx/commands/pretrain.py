@@ -16,10 +16,9 @@ from fasttx.training.checkpoint import RunFolder
 
 # Settings of a classifier's training that say nothing here.
 WITHOUT = (
-    "test_samples", "subset_order", "allow_single_class", "truncation", "long_texts",
-    "label_smoothing", "word_dropout", "init_from", "pseudo_labels",
-    "split_seed",
-)  # fmt: skip
+    "test_samples subset_order allow_single_class truncation long_texts label_smoothing "
+    "word_dropout init_from pseudo_labels split_seed"
+).split()
 
 
 def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

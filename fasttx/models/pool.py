@@ -27,9 +27,11 @@ class Pool:
 
     @classmethod
     def fit(cls, members: np.ndarray, labels: np.ndarray) -> Pool:
-        """members (M, n, C) logits, labels (n,) -> the pool of the least negative log-likelihood,
-        plus half the squared weights of members that are scaled to deviate by 1: of few texts
-        that are all told apart, the weights would be infinite."""
+        """The pool of the least negative log-likelihood: members (M, n, C) logits, labels (n,).
+
+        Half the squared weights are added to it, of members scaled to a deviation of 1. Without
+        that the weights would be infinite where the members tell all texts apart.
+        """
         logits = torch.from_numpy(_centred(members))
         scale = logits.square().mean((1, 2)).sqrt().clamp(min=1e-12)
         logits = logits / scale[:, None, None]
@@ -37,9 +39,12 @@ class Pool:
         weights = torch.zeros(len(logits), dtype=torch.float64, requires_grad=True)
         bias = torch.zeros(logits.shape[2], dtype=torch.float64, requires_grad=True)
         solver = torch.optim.LBFGS(
-            [weights, bias], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-15,
+            [weights, bias],
+            max_iter=500,
+            tolerance_grad=1e-9,
+            tolerance_change=1e-15,
             line_search_fn="strong_wolfe",
-        )  # fmt: skip
+        )
 
         def objective() -> torch.Tensor:
             solver.zero_grad()

@@ -29,7 +29,7 @@ _AGAINST = (230, 223, 216, 209)
 
 def pieces(
     found: Explanation, word: Callable[[str, bool, float, float], str], cut: Callable[[str], str]
-) -> str:  # fmt: skip
+) -> str:
     """The text from its words, by `word(text, known, attribution, share of the largest)`.
 
     Where truncation left words out, `cut` gets a remark with their number.
@@ -121,26 +121,27 @@ def article(found: Explanation, about: str) -> str:
     )
 
 
-def attention(
-    draw: Callable[..., plots.Picture], name: str, what: str, found: Explanation
-) -> str:  # fmt: skip
+def attention(draw: Callable[..., plots.Picture], name: str, what: str, found: Explanation) -> str:
     """The attention maps of one text; "" for a model without layers or a text without words."""
     if not found.attention.size:
         return ""
     words = [found.words[i] for i in found.mapped]
     drawn = draw(name, f"{what}: attention maps", plots.attention_maps, found.attention, words)
     n = len(words)
-    which = f"its {n} words" if n == len(found.words) else (
-        f"its words {found.mapped.start + 1} to {found.mapped.stop}, the window that says most"
-    )  # fmt: skip
+    which = (
+        f"its {n} words"
+        if n == len(found.words)
+        else (
+            f"its words {found.mapped.start + 1} to {found.mapped.stop}, the window that says most"
+        )
+    )
     if n > plots.MOST_WORDS:
         which = f"of {which}, the {plots.MOST_WORDS} that receive most attention, in their order"
     heading = f"{what}: {found.label}, {percent(found.probability)} sure; {which}"
     heads = found.attention.shape[1]
-    return (
-        f"<h3>{escaped(heading)}</h3>"
-        + page.figure(drawn, "", f"{max(20, 7 * heads)}rem", f"{14 * heads}rem", wide=heads > 4)
-    )  # fmt: skip
+    return f"<h3>{escaped(heading)}</h3>" + page.figure(
+        drawn, "", f"{max(20, 7 * heads)}rem", f"{14 * heads}rem", wide=heads > 4
+    )
 
 
 def html(found: Explanation, run: str) -> str:

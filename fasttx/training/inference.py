@@ -43,7 +43,10 @@ def predict_shared(run: Run, model: nn.Module, examples: Examples) -> np.ndarray
     logits = torch.zeros(len(ids), config.model.num_classes)
     if len(mine):
         logits[torch.from_numpy(mine)] = predict_logits(
-            model, ids.select(mine), run.device,
-            batch_size=config.batch_size, precision=config.precision,
-        )  # fmt: skip
+            model,
+            ids.select(mine),
+            run.device,
+            batch_size=config.batch_size,
+            precision=config.precision,
+        )
     return mean_of_windows(run.processes.sum(logits), examples.owner).numpy()

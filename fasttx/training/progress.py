@@ -101,10 +101,9 @@ class ProgressDisplay:
             self.last = now
             rate = max(self.done - self.start, 1) / (now - self.since)
             left = (self.samples - self.done + self.samples * (self.epochs - self.epoch - 1)) / rate
-            log.info(
-                "epoch %d/%d  %d of %d %s  %.1f samples/s  %s left",
-                self.epoch + 1, self.epochs, self.done, self.samples, self.unit, rate, clock(left),
-            )  # fmt: skip
+            done = f"{self.done} of {self.samples} {self.unit}  {rate:.1f} samples/s"
+            epoch = f"epoch {self.epoch + 1}/{self.epochs}"
+            log.info("%s  %s  %s left", epoch, done, clock(left))
 
     def on_epoch(self, row: Mapping[str, Any]) -> None:
         self.close()

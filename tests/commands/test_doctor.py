@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fasttx.commands import cli, doctor
-from fasttx.ops import reference, registry
+from fasttx.ops import registry
+from fasttx.ops.reference import Reference, ReferenceOperations
 from fasttx.ops.registry import BACKENDS
-from fasttx.ops.rows import RowOps
-from fasttx.testing.selfcheck import Shape
+from fasttx.testing import Shape
 
 CPU = torch.device("cpu")
 
@@ -23,21 +23,16 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(doctor, "SHAPE", Shape((7, 3), heads=2))
 
 
-def adapter(**changes: Any) -> types.SimpleNamespace:
-    """The reference's, with changes."""
-    same = {name: getattr(reference, name) for name in ("attention", "attention_qkv", "rowops")}
-    return types.SimpleNamespace(**same | changes)
-
-
-def rows_of(monkeypatch, backend: str, replacement: Any) -> dict[str, Any]:
-    """The row of a backend whose adapter is another."""
-    module = BACKENDS[backend].module
-    load = registry.importlib.import_module
+def row_of(monkeypatch, backend: str, operations: ReferenceOperations) -> dict[str, Any]:
+    """The row of a backend that has other operations."""
+    adapter = Reference()
+    adapter.operations = operations
+    module, load = BACKENDS[backend].module, registry.importlib.import_module
     monkeypatch.setattr(
-        registry.importlib, "import_module",
-        lambda name: replacement if name == module else load(name),
-    )  # fmt: skip
-    replacement.unavailable_reasons = lambda *args: []
+        registry.importlib,
+        "import_module",
+        lambda name: types.SimpleNamespace(adapter=adapter) if name == module else load(name),
+    )
     found = doctor.examine(CPU)
     assert found["sound"] is not any(row.get("failures") for row in found["backends"])
     (row,) = (row for row in found["backends"] if row["backend"] == backend)
@@ -62,30 +57,34 @@ def test_every_backend_is_reported():
 
 
 def test_a_wrong_gradient_is_found_and_not_timed(monkeypatch):
-    def attention(qkv: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        out = reference.attention(qkv, *args, **options)
-        return out + (out - out.detach()) * 0.1
+    class Wrong(ReferenceOperations):
+        def attention(self, *args: Any, **options: Any) -> torch.Tensor:
+            out = super().attention(*args, **options)
+            return out + (out - out.detach()) * 0.1
 
-    row = rows_of(monkeypatch, "sdpa", adapter(attention=attention))
-    assert "dqkv is 0.1 off, 0.0001 allowed" in row["failures"][0]
+    row = row_of(monkeypatch, "sdpa", Wrong())
+    assert all("out" not in failure.split(":")[1] for failure in row["failures"])
+    assert any("dq" in failure for failure in row["failures"])
     assert "milliseconds" not in row
 
 
-@pytest.mark.parametrize("op", RowOps._fields)
+@pytest.mark.parametrize("op", ["embed", "add_norm", "bias_act", "linear"])
 def test_a_wrong_row_operation_is_found(monkeypatch, op):
-    def wrong(*args: Any, **options: Any) -> Any:
-        out = getattr(reference.rowops, op)(*args, **options)
+    def wrong(self, *args: Any, **options: Any) -> Any:
+        out = getattr(ReferenceOperations, op)(self, *args, **options)
         return tuple(x * 1.01 for x in out) if isinstance(out, tuple) else out * 1.01
 
-    row = rows_of(monkeypatch, "sdpa", adapter(rowops=reference.rowops._replace(**{op: wrong})))
-    assert any("off, 0.0001 allowed" in failure for failure in row["failures"])
+    row = row_of(monkeypatch, "sdpa", type("Wrong", (ReferenceOperations,), {op: wrong})())
+    name = "relu" if op == "bias_act" else op
+    assert any(name in failure for failure in row["failures"])
 
 
 def test_an_exception_is_a_line_of_the_report(monkeypatch, capsys):
-    def attention(*args: Any, **options: Any) -> torch.Tensor:
-        raise RuntimeError("the driver\nis gone")
+    class Broken(ReferenceOperations):
+        def attention(self, *args: Any, **options: Any) -> torch.Tensor:
+            raise RuntimeError("the driver\nis gone")
 
-    row = rows_of(monkeypatch, "sdpa", adapter(attention=attention))
+    row = row_of(monkeypatch, "sdpa", Broken())
     assert row["failures"] == ["RuntimeError: the driver is gone"]
     assert cli.main(["doctor", "--device", "cpu"]) == 1
     said = capsys.readouterr().out
