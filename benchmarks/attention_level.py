@@ -104,20 +104,20 @@ class _Contestant:
     def __init__(self, name: str, work: Attention, note: str) -> None:
         self.name, self.work, self.note = name, work, note
 
-    def run(self, i: int, p: float, seed: int) -> Outcome:
+    def compute(self, i: int, p: float, seed: int) -> Outcome:
         raise NotImplementedError
 
     def packed(self, outcome: Outcome) -> Outcome:
         return outcome
 
     def step(self, i: int) -> object:
-        return self.run(i, self.work.p, i)
+        return self.compute(i, self.work.p, i)
 
     def verify(self) -> None:
         work = self.work
 
         def outcome(p: float, seed: int) -> Outcome:
-            return self.packed(tuple(x.detach() for x in self.run(0, p, seed)))
+            return self.packed(tuple(x.detach() for x in self.compute(0, p, seed)))
 
         without = outcome(0.0, 0)
         work.expected.check(self.name, work.first.of(without))
@@ -150,7 +150,7 @@ class BackendAttention(_Contestant):
         count = max(3, len(work.inputs))
         self.seeds = [torch.tensor(i, device=setting.device) for i in range(count)]
 
-    def run(self, i: int, p: float, seed: int) -> Outcome:
+    def compute(self, i: int, p: float, seed: int) -> Outcome:
         qkv, grad = self.inputs[i]
         with torch.set_grad_enabled(self.work.backward):
             out = self.attention(qkv, self.spans[i], Dropout.of(p, self.seeds[seed]))
@@ -188,7 +188,7 @@ class PeerAttention(_Contestant):
                 grad = grad.transpose(1, 2)
             self.grads.append(grad)
 
-    def run(self, i: int, p: float, seed: int) -> Outcome:
+    def compute(self, i: int, p: float, seed: int) -> Outcome:
         batch = self.batches[i]
         with torch.set_grad_enabled(self.work.backward):
             out = self.peer.attend(batch, p)

@@ -34,7 +34,7 @@ class Batch:
 
     @functools.cached_property
     def block_mask(self) -> Any:
-        """FlexAttention's: which keys a packed row may see, those of its own text."""
+        """FlexAttention's: which keys a row may see, those of its own text."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, device = len(self.packed), self.packed.device

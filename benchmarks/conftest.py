@@ -1,8 +1,8 @@
-"""What pytest-benchmark lacks: a contest's fixtures, the table side by side, and where runs lie.
+"""What pytest-benchmark lacks: a contest's fixtures, the table side by side, a place for figures.
 
-pytest-benchmark times each contestant by itself, which serves `--benchmark-compare`. When the last
-test of a contest is done, its contestants are timed once more in turn (side_by_side.run): the table
-after the run, and the figures in the saved JSON, are from there.
+pytest-benchmark times each contestant by itself, which serves `--benchmark-compare`. After the last
+test of a contest its contestants are timed once more, in turn (side_by_side.take_turns). From there
+come the table at the end and the figures in the saved JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = Path(option.benchmark_storage.removeprefix("file://"))
     local = option.benchmark_storage.startswith("file://")
     if local and option.benchmark_compare is True and not any(folder.glob("*/[0-9]*_*.json")):
-        # The first run has nothing to be compared with; that is no fault.
+        # The first time there is nothing to be compared with; that is no fault.
         option.benchmark_compare, option.benchmark_compare_fail = [], []
         config.stash[remarks].append(
             f"No run of this machine was saved before in {folder}, so there is nothing to compare "
@@ -94,9 +94,9 @@ def contest(
     infos = made.infos
     if infos and not pytestconfig._benchmarksession.disabled:
         made.warmup = 1  # each has just run
-        found = side_by_side.run(made, {n: made.entered[n] for n in infos}, seconds=SECONDS)
-        for row in found:
-            infos[row.contestant].update(made.facts, **row.record())
+        found = side_by_side.take_turns(made, {n: made.entered[n] for n in infos}, seconds=SECONDS)
+        for result in found:
+            infos[result.contestant].update(made.facts, **result.record())
         where = figures.environment(made.device)
         pytestconfig.stash[reports].append(figures.report(made, found, where))
 

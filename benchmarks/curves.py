@@ -44,13 +44,13 @@ def draw(runs: list[tuple[str, dict[str, Any]]], folder: Path) -> None:
         history = found["history"]
         # An epoch's reviews: texts with pseudo-labels are among them.
         reviews, seen = [], 0.0
-        for row in history:
-            seen += row["seconds"] * row["samples_per_second"] / 1000
+        for epoch in history:
+            seen += epoch["seconds"] * epoch["samples_per_second"] / 1000
             reviews.append(seen)
         for axes, key in ((loss, "loss"), (accuracy, "accuracy")):
             scale = 100 if key == "accuracy" else 1
             for split, line in (("train", ":"), ("val", "-")):
-                values = [scale * row[f"{split}_{key}"] for row in history]
+                values = [scale * epoch[f"{split}_{key}"] for epoch in history]
                 label = name if split == "val" else None
                 axes.plot(reviews, values, line, color=colour, marker="o", ms=3.5, label=label)
         best = reviews[found["best_epoch"] - 1]

@@ -86,7 +86,7 @@ def batching(setting: Setting, batch_size: int, *, inputs: int = 8) -> Contest:
     size = setting.of(batch_size)
     ids, what = setting.texts(inputs * size)
     chosen = np.random.default_rng(2).permutation(len(ids)).reshape(inputs, size)
-    rows = [torch.from_numpy(ids[i].astype(np.int64)) for i in range(len(ids))]
+    texts = [torch.from_numpy(ids[i].astype(np.int64)) for i in range(len(ids))]
 
     def expected(i: int) -> list[int]:
         return np.concatenate([ids[j] for j in chosen[i]]).tolist()
@@ -94,7 +94,7 @@ def batching(setting: Setting, batch_size: int, *, inputs: int = 8) -> Contest:
     entrants = {
         "pad_sequence": Work(
             "pad_sequence",
-            lambda: lambda i: pad_sequence([rows[j] for j in chosen[i]], batch_first=True),
+            lambda: lambda i: pad_sequence([texts[j] for j in chosen[i]], batch_first=True),
             lambda batch: batch[batch != 0].tolist(), expected, "padded",
         ),
         "fasttx": Work(

@@ -31,10 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import attention_level
 import model_level
+import operation_level
 import side_by_side
 import torch
 from contest import Contest, Contestant, Unavailable
-from figures import Row, environment, limit_line, table
+from figures import Result, environment, limit_line, table
 from workload import Setting
 
 from fasttx import device as devices
@@ -97,7 +98,7 @@ def suite_command(device: torch.device) -> list[str]:
     return [
         sys.executable, "-m", "pytest", "-q", "--maxfail=5", "--tb=line", "-p", "no:cacheprovider",
         *(["-n", str(workers)] if importlib.util.find_spec("xdist") else []),
-        "tests/ops/test_attention.py", "tests/ops/test_rowops.py", "tests/ops/test_triton.py",
+        *(f"tests/ops/test_{name}.py" for name in ("attention", *operation_level.TIMED, "triton")),
         "-k", device.type,
     ]  # fmt: skip
 
@@ -193,8 +194,8 @@ def errors(report: Report, backend: Backend, cases: Iterable[Case], device: torc
 # -------------------------------------------------------------------------------------------- time
 
 
-def race(report: Report, contest: Contest, rows: int, seconds: float) -> None:
-    """A contest's table: `rows` contestants, fasttx's backends and the fastest peers."""
+def race(report: Report, contest: Contest, lines: int, seconds: float) -> None:
+    """A contest's table: fasttx's backends and the fastest peers, `lines` in all."""
     entered: dict[str, Contestant] = {}
     for name in contest.entrants:
         try:
@@ -203,25 +204,25 @@ def race(report: Report, contest: Contest, rows: int, seconds: float) -> None:
             continue
         except Exception as error:  # one that fails must not take the others' time
             report.say(f"{name}: FAILED: {' '.join(str(error).split())[:110]}")
-    found = side_by_side.run(contest, entered, seconds=seconds)
+    found = side_by_side.take_turns(contest, entered, seconds=seconds)
     report.figures.append({"title": contest.title, **contest.facts,
-                           "rows": [row.record() for row in found]})  # fmt: skip
+                           "rows": [result.record() for result in found]})  # fmt: skip
     report.say(f"{contest.title} (n = {found[0].rounds}; {limit_line(contest.limit)})")
-    for line in table(fastest(found, rows)).splitlines():
+    for line in table(fastest(found, lines)).splitlines():
         report.say("  " + line)
     if verdict := lead(found):
         report.say("  " + verdict)
 
 
-def lead(found: list[Row]) -> str:
+def lead(found: list[Result]) -> str:
     """How fasttx's fastest stands beside the fastest peer that computes the same function, by the
     kernels' own times where they were measured; "" where one of the two is missing."""
 
-    def time(row: Row) -> float:
-        return row.ms if math.isnan(row.kernel_ms) else row.kernel_ms
+    def time(result: Result) -> float:
+        return result.ms if math.isnan(result.kernel_ms) else result.kernel_ms
 
-    ours = [row for row in found if row.contestant.startswith("fasttx-")]
-    peers = [row for row in found if row not in ours and not row.note]
+    ours = [result for result in found if result.contestant.startswith("fasttx-")]
+    peers = [result for result in found if result not in ours and not result.note]
     if not ours or not peers:
         return ""
     mine, theirs = min(ours, key=time), min(peers, key=time)
@@ -231,11 +232,13 @@ def lead(found: list[Row]) -> str:
     )
 
 
-def fastest(found: list[Row], rows: int) -> list[Row]:
-    """fasttx's rows and the fastest others, fastest first."""
-    ours = [row for row in found if row.contestant.startswith("fasttx-")]
-    others = sorted((row for row in found if row not in ours), key=lambda row: row.ms)
-    return sorted([*ours, *others[: max(1, rows - len(ours))]], key=lambda row: row.ms)
+def fastest(found: list[Result], count: int) -> list[Result]:
+    """fasttx's results and the best others, `count` in all, fastest first."""
+    ours = [result for result in found if result.contestant.startswith("fasttx-")]
+    others = sorted(
+        (result for result in found if result not in ours), key=lambda result: result.ms
+    )
+    return sorted([*ours, *others[: max(1, count - len(ours))]], key=lambda result: result.ms)
 
 
 def measure_times(report: Report, setting: Setting) -> None:
@@ -243,18 +246,18 @@ def measure_times(report: Report, setting: Setting) -> None:
     gpu, small = setting.device.type != "cpu", setting.divisor > 1
     seconds = 1 if small else 12
 
-    def attention(p: float, rows: int, precision: str) -> None:
+    def attention(p: float, lines: int, precision: str) -> None:
         contest = attention_level.on_reviews(replace(setting, precision=precision), 32, p=p)
-        race(report, contest, rows, seconds)
+        race(report, contest, lines, seconds)
 
     def step(size: int) -> None:
         precise = replace(setting, precision="bf16" if gpu else "fp32")
         race(report, model_level.training(precise, size, inputs=2), 6, seconds)
 
     half = "bf16" if gpu else "fp32"
-    for p, rows, precision in ((0.1, 8, half), (0.0, 7, half), *([(0.1, 5, "fp32")] * gpu)):
+    for p, lines, precision in ((0.1, 8, half), (0.0, 7, half), *([(0.1, 5, "fp32")] * gpu)):
         needed = 5 if small else 60
-        report.part(f"attention, p = {p:g}", needed, partial(attention, p, rows, precision))
+        report.part(f"attention, p = {p:g}", needed, partial(attention, p, lines, precision))
     for size in (32, 256):
         needed = 5 if small else 60 if gpu else 4 * size
         report.part(f"training step, batch {size}", needed, partial(step, size))

@@ -1,4 +1,4 @@
-"""What a run's times say: rows, their tables, and what they were measured on."""
+"""What times say: results, their tables, and what they were measured on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TUNED = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """One contestant's figures, from medians over `rounds` rounds."""
 
     contestant: str
@@ -47,10 +47,10 @@ class Row:
         }
 
 
-def rows(
+def results(
     contest: Contest, times: Mapping[str, list[float]], ideal: list[float],
     memory: Mapping[str, float], kernels: Mapping[str, float],
-) -> list[Row]:  # fmt: skip
+) -> list[Result]:  # fmt: skip
     """From seconds by contestant and ideal seconds, one of each a round."""
     first = next((name for name in times if not name.startswith("fasttx-")), None)
     base = statistics.median(times[first]) if first else math.nan
@@ -60,7 +60,7 @@ def rows(
         median = statistics.median(seconds)
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
         found.append(
-            Row(
+            Result(
                 contestant=name,
                 samples_per_second=contest.samples / median,
                 ratio=base / median,
@@ -103,27 +103,29 @@ def _number(x: float, form: str, unit: str = "") -> str:
     return "-" if math.isnan(x) else format(x, form) + unit
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    memory, kernel = _number(row.peak_memory_mb, ",.0f"), _number(row.kernel_ms, ".3f")
-    if row.artefact:
-        note = f"{row.ms:.1f} ms is a multiple of {SLICE_MS:g} ms under load: scheduling, not work"
-        return (row.contestant, *"----", memory, kernel, note)
-    digits = next((d for d, least in enumerate((1000, 100, 10, 1)) if row.ms >= least), 3)
-    low, high = row.quartiles_ms
+def _cells(result: Result) -> tuple[str, ...]:
+    memory, kernel = _number(result.peak_memory_mb, ",.0f"), _number(result.kernel_ms, ".3f")
+    if result.artefact:
+        note = (
+            f"{result.ms:.1f} ms is a multiple of {SLICE_MS:g} ms under load: scheduling, not work"
+        )
+        return (result.contestant, *"----", memory, kernel, note)
+    digits = next((d for d, least in enumerate((1000, 100, 10, 1)) if result.ms >= least), 3)
+    low, high = result.quartiles_ms
     return (
-        row.contestant,
-        f"{row.samples_per_second:,.1f}",
-        _number(row.ratio, ".2f", "x"),
-        f"{row.ms:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})",
-        _number(100 * row.limit_share, ".1f" if row.limit_share < 0.1 else ".0f", " %"),
+        result.contestant,
+        f"{result.samples_per_second:,.1f}",
+        _number(result.ratio, ".2f", "x"),
+        f"{result.ms:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})",
+        _number(100 * result.limit_share, ".1f" if result.limit_share < 0.1 else ".0f", " %"),
         memory,
         kernel,
-        row.note,
+        result.note,
     )
 
 
-def table(found: Iterable[Row], markdown: bool = False) -> str:
-    """The rows as text, or as a table that a README takes."""
+def table(found: Iterable[Result], markdown: bool = False) -> str:
+    """The results as text, or as a table that a README takes."""
     lines = [HEADINGS, *map(_cells, found)]
     kept = [i for i, column in enumerate(zip(*lines, strict=True)) if {*column[1:]} - {"-", ""}]
     lines = [tuple(line[i] for i in kept) for line in lines]
@@ -154,7 +156,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def saved_runs_folder() -> Path:
-    """Where pytest-benchmark keeps this machine's runs, whatever folder it is started from."""
+    """Where pytest-benchmark saves this machine's figures, whatever folder it is started from."""
     found = devices.hardware(devices.pick())
     name = f"{found.get('gpu') or found['cpu']} {found['threads']} threads"
     folder = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
@@ -180,7 +182,7 @@ def limit_line(limit: Limit | None) -> str:
 
 
 def report(
-    contest: Contest, found: list[Row], where: dict[str, Any], markdown: bool = False
+    contest: Contest, found: list[Result], where: dict[str, Any], markdown: bool = False
 ) -> str:
     """The question, what it was measured on, and the table."""
     rounds = found[0].rounds if found else 0

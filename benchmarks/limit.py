@@ -67,8 +67,8 @@ def attention_bytes(
 ) -> int:
     """What one layer's attention must read and write: q, k, v and the output; backward, those
     again, the output's gradient and three gradients (the log-sum-exp is small beside them)."""
-    rows = 4 + (4 + 1 + 3 if backward else 0)
-    return rows * tokens * num_heads * head_dim * itemsize
+    tensors = 4 + (4 + 1 + 3 if backward else 0)
+    return tensors * tokens * num_heads * head_dim * itemsize
 
 
 def model_flops(config: ModelConfig, lengths: Sequence[int], backward: bool) -> int:

@@ -144,7 +144,7 @@ class TorchEncoderNested(TorchEncoder):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "the API is a prototype"
             nested = torch.nested.nested_tensor(
-                [row[:n] for row, n in zip(h, real.sum(1).tolist(), strict=True)]
+                [text[:n] for text, n in zip(h, real.sum(1).tolist(), strict=True)]
             )
         return torch.nested.to_padded_tensor(self.encoder(nested), 0.0, h.shape)
 

@@ -1,6 +1,6 @@
 """Figures from what `pytest benchmarks/` saved: python benchmarks/plots.py [saved.json ...]
 
-Without arguments, from the newest runs of this machine. Each figure is written to docs/ as SVG and
+Without arguments it draws what this machine saved last. Each figure is written to docs/ as SVG and
 PNG, with the hardware and the commands below it.
 """
 
@@ -37,13 +37,13 @@ LIMIT = "#b3261e"
 
 @dataclass(frozen=True)
 class Measured:
-    """A contest as it was last run: the figures of each contestant, and where that was."""
+    """A contest as it was last timed: the figures of each contestant, and where that was."""
 
-    rows: dict[str, dict[str, Any]]
+    results: dict[str, dict[str, Any]]
     where: dict[str, Any]
 
     def are(self, **facts: Any) -> bool:
-        return facts.items() <= next(iter(self.rows.values())).items()
+        return facts.items() <= next(iter(self.results.values())).items()
 
 
 def contests(paths: list[Path]) -> list[Measured]:
@@ -57,7 +57,7 @@ def contests(paths: list[Path]) -> list[Measured]:
                 one = found.setdefault(
                     benchmark["group"], Measured({}, saved["machine_info"]["fasttx"])
                 )
-                one.rows[info["contestant"]] = info
+                one.results[info["contestant"]] = info
         newest.update(found)
     return list(newest.values())
 
@@ -78,23 +78,23 @@ def style(name: str) -> dict[str, Any]:
 def samples_by_contestant(axes: Axes, found: list[Measured]) -> list[Measured]:
     drawn = [m for m in found if m.are(level="training", batch=32)][-1:]
     for measured in drawn:
-        rows = sorted(measured.rows.values(), key=lambda row: row["samples_per_second"])
-        names = [row["contestant"] for row in rows]
-        values = [row["samples_per_second"] for row in rows]
+        results = sorted(measured.results.values(), key=lambda result: result["samples_per_second"])
+        names = [result["contestant"] for result in results]
+        values = [result["samples_per_second"] for result in results]
         colours = [style(n)["color"] if n.startswith("fasttx-") else GREYS[3] for n in names]
         bars = axes.barh(names, values, color=colours, height=0.7)
         axes.bar_label(bars, [f"{v:,.1f}" for v in values], fontsize=9, padding=3)
-        for bar, row in zip(bars, rows, strict=True):
+        for bar, result in zip(bars, results, strict=True):
             place = 0, bar.get_y() + bar.get_height() / 2
-            shade = "white" if row["contestant"].startswith("fasttx-") else "#37352f"
-            axes.annotate(row["note"], place, (5, 0), textcoords="offset points", fontsize=6.5,
+            shade = "white" if result["contestant"].startswith("fasttx-") else "#37352f"
+            axes.annotate(result["note"], place, (5, 0), textcoords="offset points", fontsize=6.5,
                           va="center", color=shade)  # fmt: skip
-        limit = 32e3 / rows[0]["ideal_ms"]
+        limit = 32e3 / results[0]["ideal_ms"]
         axes.axvline(limit, color=LIMIT, linestyle="--", linewidth=1)
         axes.text(limit, -0.9, f"its products alone: {limit:,.0f} ", color=LIMIT, ha="right")
-        axes.set_ylim(-1.2, len(rows) - 0.5)
+        axes.set_ylim(-1.2, len(results) - 0.5)
         axes.set_xlabel("samples/s")
-        axes.set_title(f"A training step, batch 32, {rows[0]['lengths']}, dropout everywhere")
+        axes.set_title(f"A training step, batch 32, {results[0]['lengths']}, dropout everywhere")
         axes.grid(axis="y", visible=False)
     return drawn
 
@@ -106,14 +106,14 @@ def _by_length(
     lengths: dict[int, Measured] = {}
     for measured in found:
         if measured.are(level="attention", backward=True, p=0.1, dtype="float32"):
-            length, _, rest = next(iter(measured.rows.values()))["lengths"].partition(" ")
+            length, _, rest = next(iter(measured.results.values()))["lengths"].partition(" ")
             if rest == "tokens each":
                 lengths[int(length)] = measured
     lines: dict[str, list[tuple[int, float]]] = {}
     for length, measured in sorted(lengths.items()):
-        for name, row in measured.rows.items():
-            lines.setdefault(name, []).append((length, value(row["ms"], row["tokens"])))
-        lines.setdefault("limit", []).append((length, value(row["ideal_ms"], row["tokens"])))
+        for name, result in measured.results.items():
+            lines.setdefault(name, []).append((length, value(result["ms"], result["tokens"])))
+        lines.setdefault("limit", []).append((length, value(result["ideal_ms"], result["tokens"])))
     for name, line in sorted(lines.items(), key=lambda item: -item[1][-1][1]):
         look = style(name) if name != "limit" else {"color": LIMIT, "ls": "--", "linewidth": 1}
         axes.plot(*zip(*line, strict=True), label=name, markersize=5, **look)
@@ -150,7 +150,7 @@ def draw(name: str, found: list[Measured], folder: Path) -> bool:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     drawn = FIGURES[name](axes, found)
     if drawn:
-        rounds = sorted({row["rounds"] for m in drawn for row in m.rows.values()})
+        rounds = sorted({result["rounds"] for m in drawn for result in m.results.values()})
         n = "-".join(str(r) for r in dict.fromkeys((rounds[0], rounds[-1])))
         text = f"{caption(drawn[-1].where)}, n = {n}\n{COMMAND}"
         figure.supxlabel(text, fontsize=7, color="#5f5e5b", x=0.01, ha="left")
@@ -164,7 +164,7 @@ def draw(name: str, found: list[Measured], folder: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("saved", nargs="*", type=Path, help="default: all runs of this machine")
+    parser.add_argument("saved", nargs="*", type=Path, help="default: all that this machine saved")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args()
     paths = arguments.saved or sorted(saved_runs_folder().glob("*/[0-9]*_*.json"))

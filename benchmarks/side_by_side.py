@@ -26,7 +26,7 @@ import model_level
 import operation_level
 import torch
 from contest import Contest, Contestant, Unavailable
-from figures import TUNED, Row, environment, report, rows
+from figures import TUNED, Result, environment, report, results
 from workload import DTYPES, SIZES, Setting
 
 from fasttx import device as devices
@@ -103,13 +103,13 @@ def available_mb(device: torch.device) -> float:
         return math.inf
 
 
-def run(
+def take_turns(
     contest: Contest,
     contestants: dict[str, Contestant],
     *,
     rounds: int | None = None,
     seconds: float = 100.0,
-) -> list[Row]:
+) -> list[Result]:
     """The contest's table.
 
     rounds: by default as many as fit into `seconds`, but at least 3, and at most 30 or the number
@@ -135,7 +135,7 @@ def run(
         for name, contestant in contestants.items():
             times[name].append(timed(contestant.step, i, device))
         ideal.append(limit.seconds(i) if limit else math.nan)
-    return rows(contest, times, ideal, memory, kernels)
+    return results(contest, times, ideal, memory, kernels)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -223,7 +223,7 @@ def main() -> None:
         if not entered:
             continue
         where = environment(device)
-        found = run(contest, entered, rounds=arguments.rounds, seconds=arguments.seconds)
+        found = take_turns(contest, entered, rounds=arguments.rounds, seconds=arguments.seconds)
         print("\n" + report(contest, found, where, arguments.markdown), flush=True)
         records.append({"title": contest.title, **contest.facts, "environment": where,
                         "rows": [row.record() for row in found]})  # fmt: skip

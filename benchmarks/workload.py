@@ -115,8 +115,8 @@ def make_batches(ids: RaggedIds, batch_size: int, device: torch.device) -> list[
 def padded(batch: PackedBatch) -> Tensor:
     """input_ids (B, L), padded on the right with 0 to the longest text of the batch."""
     ids = batch.input_ids.new_zeros(len(batch), batch.max_seqlen)
-    for row, (start, end) in enumerate(itertools.pairwise(batch.cu_seqlens.tolist())):
-        ids[row, : end - start] = batch.input_ids[start:end]
+    for text, (start, end) in enumerate(itertools.pairwise(batch.cu_seqlens.tolist())):
+        ids[text, : end - start] = batch.input_ids[start:end]
     return ids
 
 

@@ -1,0 +1,247 @@
+"""Whom a contest lets in: what runs here and computes what it should, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import attention_level
+import contest as contests
+import data_level
+import model_level
+import model_peers
+import operation_level
+import pytest
+import torch
+from attention_peers import ATTENTION_PEERS, AttentionPeer
+from workload import Setting, first_texts, make_batches, padded
+
+from fasttx.ops.dropout import NO_DROPOUT
+from fasttx.ops.reference import ReferenceOperations
+
+CPU = torch.device("cpu")
+SMALL = Setting.small(CPU)
+LENGTHS = [[5, 16, 9], [16, 2, 11]]
+
+
+def attention(**options):
+    return attention_level.attention(SMALL, LENGTHS, "test", **options)
+
+
+def training():
+    return model_level.training(SMALL, 64)
+
+
+def operation(timed="add_norm", **options):
+    return operation_level.operation(timed, SMALL, 64, **options)
+
+
+MAKERS = (attention, training, operation)
+over_contests = pytest.mark.parametrize("make", MAKERS)
+
+
+def test_a_listed_backend_takes_part(fake_backend):
+    fake_backend()
+    for names in (
+        attention_level.attention_names,
+        operation_level.operation_names,
+        model_level.training_names,
+        model_level.inference_names,
+    ):
+        assert "fasttx-fake" in names()
+    for make in MAKERS:
+        make().enter("fasttx-fake").step(0)
+
+
+@over_contests
+def test_an_unavailable_backend_gives_its_reasons(fake_backend, make):
+    fake_backend(reasons=["no such chip: buy one", "too old: renew it"])
+    with pytest.raises(contests.Unavailable, match=r"no such chip: buy one; too old: renew it"):
+        make().enter("fasttx-fake")
+
+
+def other_scale(self, *args, **options):
+    return ReferenceOperations.attention_qkv(self, *args, **{**options, "scale": 0.3})
+
+
+def without_last_keys(self, q, k, v, spans, *args, **options):
+    """Each text of two rows or more loses its last one."""
+    spans = spans._replace(lens=spans.lens - (spans.lens > 1).int())
+    return ReferenceOperations.attention_qkv(self, q, k, v, spans, *args, **options)
+
+
+def without_bias(self, h, y, bias, *args, **options):
+    return ReferenceOperations.add_norm(self, h, y, 0 * bias, *args, **options)
+
+
+def other_epsilon(self, h, y, bias, gamma, beta, dropout, eps):
+    return ReferenceOperations.add_norm(self, h, y, bias, gamma, beta, dropout, 1e-3)
+
+
+def other_activation(self, u, bias, dropout, activation):
+    return ReferenceOperations.bias_act(self, u, bias, dropout, "gelu")
+
+
+WRONG = (other_scale, without_last_keys, without_bias, other_epsilon, other_activation)
+PLACES = dict(
+    zip(WRONG, ("attention_qkv", "attention_qkv", "add_norm", "add_norm", "bias_act"), strict=True)
+)
+over_wrong = pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+
+
+@over_wrong
+@pytest.mark.parametrize("make", [training, lambda: model_level.bulk(SMALL, 64)])
+def test_a_model_of_a_wrong_operation_is_not_timed(fake_backend, make, wrong):
+    fake_backend(**{PLACES[wrong]: wrong})
+    with pytest.raises(AssertionError, match="fasttx-fake: logits is .* off"):
+        make().enter("fasttx-fake")
+
+
+@over_wrong
+def test_a_wrong_operation_is_not_timed(fake_backend, wrong):
+    place = PLACES[wrong]
+    fake_backend(**{place: wrong})
+    made = attention() if place == "attention_qkv" else operation(place)
+    with pytest.raises(AssertionError, match="fasttx-fake: .* off"):
+        made.enter("fasttx-fake")
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.001
+
+
+def test_wrong_gradients_are_not_timed(fake_backend):
+    def attention_qkv(self, *args, **options):
+        return WrongGradient.apply(ReferenceOperations.attention_qkv(self, *args, **options))
+
+    fake_backend(attention_qkv=attention_qkv)
+    with pytest.raises(AssertionError, match="fasttx-fake: dq is .* off"):
+        attention().enter("fasttx-fake")
+    with pytest.raises(AssertionError, match="fasttx-fake: dembedding is .* off"):
+        training().enter("fasttx-fake")
+    attention(backward=False).enter("fasttx-fake")
+
+
+def drop_nothing(self, q, k, v, spans, dropout=NO_DROPOUT, **options):
+    return ReferenceOperations.attention_qkv(self, q, k, v, spans, **options)
+
+
+@pytest.mark.parametrize("dropout", ["shared", "torch"])
+def test_a_contestant_that_drops_nothing_is_not_timed(fake_backend, dropout):
+    fake_backend(dropout=dropout, attention_qkv=drop_nothing, drop=lambda self, x, dropout: x)
+    attention(p=0.0).enter("fasttx-fake")
+    for make in MAKERS:
+        with pytest.raises(AssertionError, match="dropout is asked for and changes nothing"):
+            make().enter("fasttx-fake")
+
+
+def with_next_seed(dropout):
+    return dropout if dropout.seed is None else dropout._replace(seed=dropout.seed + 1)
+
+
+def test_shared_masks_have_to_be_the_contract_s(fake_backend):
+    def attention_qkv(self, q, k, v, spans, dropout=NO_DROPOUT, **options):
+        dropout = with_next_seed(dropout)
+        return ReferenceOperations.attention_qkv(self, q, k, v, spans, dropout, **options)
+
+    def drop(self, x, dropout):
+        return ReferenceOperations.drop(self, x, with_next_seed(dropout))
+
+    fake_backend(attention_qkv=attention_qkv, drop=drop)
+    for make in (attention, operation):
+        with pytest.raises(AssertionError, match="fasttx-fake, with dropout: out is"):
+            make().enter("fasttx-fake")
+
+
+# ------------------------------------------------------------------------------------------- peers
+
+
+def test_an_attention_peer_without_its_mask_is_not_timed(monkeypatch):
+    def unmasked(batch, p):
+        return torch.nn.functional.scaled_dot_product_attention(*batch.padded, dropout_p=p)
+
+    monkeypatch.setitem(ATTENTION_PEERS, "padded-sdpa", AttentionPeer(unmasked))
+    with pytest.raises(AssertionError, match="padded-sdpa: out is .* off"):
+        attention().enter("padded-sdpa")
+
+
+def test_a_model_peer_without_its_mask_is_not_timed(monkeypatch):
+    encode = model_peers.PaddedSdpa.encode
+    monkeypatch.setattr(
+        model_peers.PaddedSdpa, "encode", lambda self, h, real: encode(self, h, real | True)
+    )
+    for made in (training(), model_level.bulk(SMALL, 64)):
+        with pytest.raises(AssertionError, match="padded-sdpa: logits is .* off"):
+            made.enter("padded-sdpa")
+
+
+@pytest.mark.parametrize("layer", ["qkv", "out", "up", "down", "norm1"])
+def test_a_model_peer_with_a_missing_bias_is_not_timed(monkeypatch, layer):
+    copy_encoder = model_peers.PaddedSdpa.copy_encoder
+
+    def wrong(self, model):
+        copy_encoder(self, model)
+        getattr(self.blocks[1], layer).bias.data.zero_()
+
+    monkeypatch.setattr(model_peers.PaddedSdpa, "copy_encoder", wrong)
+    with pytest.raises(AssertionError, match="padded-sdpa: logits is .* off"):
+        training().enter("padded-sdpa")
+
+
+def test_what_half_precision_rounds_is_forgiven_and_a_wrong_mask_is_not(monkeypatch):
+    half = replace(SMALL, precision="bf16")
+    made = model_level.training(half, 64)
+    for name in ("padded-sdpa", "nn.TransformerEncoder", "fasttx-sdpa"):
+        made.enter(name)
+    encode = model_peers.PaddedSdpa.encode
+    monkeypatch.setattr(
+        model_peers.PaddedSdpa, "encode", lambda self, h, real: encode(self, h, real | True)
+    )
+    with pytest.raises(AssertionError, match="padded-sdpa: .* off"):
+        model_level.training(half, 64).enter("padded-sdpa")
+
+
+@pytest.mark.parametrize("name", ["x-transformers", "hf-bert-sdpa"])
+def test_a_peer_that_is_not_installed_says_so(monkeypatch, name):
+    monkeypatch.setattr(model_peers.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(contests.Unavailable, match="is not installed: pip install"):
+        training().enter(name)
+
+
+def test_an_inference_peer_does_not_train():
+    inference_only = {*model_level.inference_names()} - {*model_level.training_names()}
+    assert inference_only == {"nn.TransformerEncoder-nested", "nn.TransformerEncoder-slow-path"}
+
+
+# ------------------------------------------------------------------------------------------- inputs
+
+
+def test_the_first_texts_are_those_of_the_batch():
+    ids, _ = SMALL.texts(7)
+    (batch,) = make_batches(ids, 7, CPU)
+    assert torch.equal(padded(batch)[padded(batch) != 0], batch.input_ids)
+    some = first_texts(batch, 3)
+    assert len(some) == 3 and len(some.labels) == 3
+    assert torch.equal(some.input_ids, batch.input_ids[: len(some.input_ids)])
+    assert some.cu_seqlens.tolist() == batch.cu_seqlens[:4].tolist()
+
+
+def test_the_verified_texts_fit_the_budget():
+    assert contests.verified_texts([contests.VERIFIED_TOKENS + 1] * 3) == 1
+    assert contests.verified_texts([contests.VERIFIED_TOKENS // 4] * 7) == 4
+    assert contests.verified_texts([5, 16, 9]) == 3
+
+
+def test_data_contests_check_their_ids():
+    made = data_level.batching(SMALL, 64)
+    for name in data_level.BATCHERS:
+        made.enter(name)
+    made.entrants["fasttx"].expected = lambda i: [0]
+    made.entered.clear()
+    with pytest.raises(AssertionError, match="fasttx: other ids"):
+        made.enter("fasttx")
