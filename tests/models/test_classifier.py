@@ -21,12 +21,14 @@ from fasttx import ModelConfig, TransformerClassifier, pack
 from fasttx.errors import ConfigError
 from fasttx.models.classifier import mean_pool
 from fasttx.models.encoder import sinusoidal_positions
-from fasttx.ops import dropout, reference, registry
+from fasttx.ops import dropout, registry
+from fasttx.ops.dropout import NO_DROPOUT, Dropout
+from fasttx.ops.reference import ReferenceOperations
 from fasttx.text.packing import RaggedIds
-from tests import equivalence
-from tests.equivalence import adapter_of, over_backends
+from tests import backends
+from tests.backends import HALVES, over_backends
 
-pytestmark = equivalence.POISONED
+pytestmark = backends.POISONED
 
 VOCABULARY, MAX_LEN = 50, 12
 TEXTS = [[3, 4, 5, 6, 7], [8], [9, 1, 1, 10, 11, 12, 13, 14, 15, 16, 17, 18], [], [19, 20, 21]]
@@ -100,9 +102,7 @@ def test_signatures():
         "d_ff": 1024, "max_len": 256, "dropout": 0.1, "attn_backend": "auto",
     }  # fmt: skip
     forward = inspect.signature(TransformerClassifier.forward).parameters
-    keywords = [
-        "cu_seqlens", "position_ids", "max_seqlen", "seed", "return_attention"
-    ]  # fmt: skip
+    keywords = ["cu_seqlens", "position_ids", "max_seqlen", "seed", "return_attention"]
     assert list(forward) == ["self", "input_ids", "attention_mask", *keywords]
     assert all(forward[k].kind == inspect.Parameter.KEYWORD_ONLY for k in keywords)
     assert [forward[k].default for k in ("attention_mask", *keywords)] == [None] * 5 + [False]
@@ -158,9 +158,8 @@ def test_positions_are_sines_and_cosines():
 def test_mean_pool():
     n = torch.randn(9, 4)
     cu_seqlens = torch.tensor([0, 3, 3, 7, 7], dtype=torch.int32)
-    n_ = n.clone()
     expected = torch.stack([n[:3].mean(0), torch.zeros(4), n[3:7].mean(0), torch.zeros(4)])
-    assert_same(mean_pool(n_, cu_seqlens), expected)
+    assert_same(mean_pool(n, cu_seqlens), expected)
     assert mean_pool(n[:0], cu_seqlens[:1]).shape == (0, 4)
 
 
@@ -168,12 +167,13 @@ def test_mean_pool():
 
 
 @over_backends()
-def test_logits_do_not_depend_on_padding_packing_or_company(backend, device):
-    adapter_of(backend, device, head_dim=8)
-    model = small(backend.name, device).eval()
+def test_logits_do_not_depend_on_padding_packing_or_company(target):
+    model = small(target.name, target.device).eval()
 
     def logits(ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-        return model(ids.to(device), None if mask is None else mask.to(device), **options).cpu()
+        return model(
+            ids.to(target.device), None if mask is None else mask.to(target.device), **options
+        ).cpu()
 
     ids = padded(TEXTS)
     mask = ids != 0
@@ -201,12 +201,12 @@ def test_logits_do_not_depend_on_padding_packing_or_company(backend, device):
         assert_same(logits(padded([TEXTS[i]], 12)), expected[i : i + 1])
     # packed; with a dead tail of garbage; with the optional arguments given, loosely, or not
     for tail in (0, 7):
-        inputs = packed(TEXTS, device, tail)
+        inputs = packed(TEXTS, target.device, tail)
         assert_same(model(**inputs).cpu(), expected)
         assert_same(model(inputs["input_ids"], cu_seqlens=inputs["cu_seqlens"]).cpu(), expected)
         del inputs["position_ids"]
         assert_same(model(**inputs).cpu(), expected)
-    inputs = packed([TEXTS[1], TEXTS[4]], device)
+    inputs = packed([TEXTS[1], TEXTS[4]], target.device)
     inputs["max_seqlen"] = MAX_LEN
     assert_same(model(**inputs).cpu(), expected[[1, 4]])
 
@@ -231,16 +231,15 @@ def gradients(model: TransformerClassifier, logits: Tensor) -> dict[str, Tensor]
     return dict(zip(names, torch.autograd.grad((logits * weight).sum(), parameters), strict=True))
 
 
-@over_backends(0.0, 0.3)
-def test_backends_agree(backend, device, p):
+@over_backends(p=(0.0, 0.3))
+def test_backends_agree(target, p):
     """In training, dropout included: the same logits and gradients as the reference in float64."""
-    adapter_of(backend, device, head_dim=8)
     inputs = packed(TEXTS, tail=3)
     exact = small("reference", dtype=torch.float64, dropout=p).train()
-    model = small(backend.name, device, dropout=p).train()
+    model = small(target.name, target.device, dropout=p).train()
     expected = exact(**inputs, seed=seed_on("cpu"))
-    inputs = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in inputs.items()}
-    logits = model(**inputs, seed=seed_on(device))
+    inputs = {k: x.to(target.device) if isinstance(x, Tensor) else x for k, x in inputs.items()}
+    logits = model(**inputs, seed=seed_on(target.device))
     assert_same(logits.cpu().double(), expected)
     into, theirs = gradients(model, logits), gradients(exact, expected)
     for name, x in into.items():
@@ -250,18 +249,19 @@ def test_backends_agree(backend, device, p):
 
 
 @over_backends(dropout="shared")
-def test_dropout_does_not_depend_on_padding(backend, device):
-    adapter_of(backend, device, head_dim=8)
-    model = small(backend.name, device, dropout=0.4).train()
+def test_dropout_does_not_depend_on_padding(target):
+    model = small(target.name, target.device, dropout=0.4).train()
 
     def logits(ids: Tensor, **options: Any) -> Tensor:
-        return model(ids.to(device), seed=seed_on(device), **options).cpu()
+        return model(ids.to(target.device), seed=seed_on(target.device), **options).cpu()
 
     expected = logits(padded(TEXTS))
     for side, length in (("left", 12), ("left", 15), ("right", 30)):
         assert_same(logits(padded(TEXTS, length, side)), expected)
     for tail in (0, 9):
-        assert_same(model(**packed(TEXTS, device, tail), seed=seed_on(device)).cpu(), expected)
+        assert_same(
+            model(**packed(TEXTS, target.device, tail), seed=seed_on(target.device)).cpu(), expected
+        )
     # The rows of a text, and so its masks, follow from the texts before it, not from those after.
     assert_same(logits(padded(TEXTS[:3])), expected[:3])
 
@@ -346,37 +346,30 @@ def test_a_seed_that_is_no_tensor_is_refused():
         small("reference", dropout=0.4).train()(padded(TEXTS), seed=3)
 
 
-class Recorder:
-    """A backend that notes the site and the dropout of every call. Sites differ by their seed."""
+class Recorder(ReferenceOperations):
+    """Notes the site and the dropout of every call. Sites differ by their seed."""
 
     def __init__(self) -> None:
         self.sites: list[tuple[str, float, int | None]] = []
 
-    def noting(self, name: str, function: Any) -> Any:
-        signature = inspect.signature(function)
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name not in ("attention", "embed", "add_norm", "bias_act"):
+            return found
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            options = {**bound.arguments, **bound.arguments.get("options", {})}
-            seed = options.get("seed")
-            p = options.get("p", options.get("dropout_p"))
-            self.sites.append((name, p, None if seed is None else int(seed)))
-            return function(*args, **kwargs)
+        def noted(*args: Any) -> Any:
+            (site,) = (x for x in args if isinstance(x, Dropout))
+            self.sites.append((name, site.p, None if site.seed is None else int(site.seed)))
+            return found(*args)
 
         return noted
-
-    @property
-    def ops(self) -> registry.Ops:
-        rowops = {k: self.noting(k, f) for k, f in reference.rowops._asdict().items()}
-        attention = self.noting("attention", reference.attention)
-        return registry.Ops(attention, type(reference.rowops)(**rowops))
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("p_attention", [None, 0.0, 0.25])
 def test_every_site_has_its_dropout_and_its_seed(monkeypatch, training, p_attention):
     recorder = Recorder()
-    monkeypatch.setattr(registry, "resolve", lambda *where: recorder.ops)
+    monkeypatch.setattr(registry, "resolve", lambda *where: recorder)
     model = small("reference", dropout=0.5, attention_dropout=p_attention).train(training)
     model(padded(TEXTS), seed=seed_on("cpu", 5))
     block = ["attention", "add_norm", "bias_act", "add_norm"]
@@ -384,11 +377,13 @@ def test_every_site_has_its_dropout_and_its_seed(monkeypatch, training, p_attent
     assert [name for name, _, _ in recorder.sites] == names
     if training:
         p = {"attention": 0.5 if p_attention is None else p_attention}
-        assert [x for _, x, _ in recorder.sites] == [p.get(name, 0.5) for name in names]
         seeds = dropout.site_seeds(seed_on("cpu", 5), len(names)).tolist()
-        assert [seed for _, _, seed in recorder.sites] == seeds
+        assert recorder.sites == [
+            (name, p.get(name, 0.5), seed if p.get(name, 0.5) else None)
+            for name, seed in zip(names, seeds, strict=True)
+        ]
     else:
-        assert [(x, seed) for _, x, seed in recorder.sites] == [(0.0, None)] * len(names)
+        assert recorder.sites == [(name, 0.0, None) for name in names]
 
 
 # ----------------------------------------------------------------------- gradients by differences
@@ -519,7 +514,9 @@ def test_settings_that_cannot_work(settings, message):
 def test_no_layers_at_all():
     model = small("reference", num_layers=0).eval()
     n = model.norm(model.embedding[padded([TEXTS[0]])[0]] * 4 + model.positions[:5])
-    assert_same(model(padded([TEXTS[0]])), model.head(n.mean(0, keepdim=True), model._ops, None))
+    assert_same(
+        model(padded([TEXTS[0]])), model.head(n.mean(0, keepdim=True), model._ops, NO_DROPOUT)
+    )
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
@@ -557,31 +554,27 @@ def test_copies(name, how):
     assert model(padded(TEXTS)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@over_backends()
-def test_moved_to_another_dtype(backend, device, dtype):
-    adapter_of(backend, device, dtype, 8)
-    model = small(backend.name, device, dropout=0.1)
-    expected = model.eval()(padded(TEXTS).to(device))
+@over_backends(torch.float64, *HALVES)
+def test_moved_to_another_dtype(target, dtype):
+    model = small(target.name, target.device, dropout=0.1)
+    expected = model.eval()(padded(TEXTS).to(target.device))
     model.to(dtype)
     assert model.positions.dtype == dtype
-    logits = model(padded(TEXTS).to(device))
+    logits = model(padded(TEXTS).to(target.device))
     assert logits.dtype == dtype
     atol = {torch.float64: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}[dtype]
     torch.testing.assert_close(logits, expected.to(dtype), rtol=0, atol=atol)
-    logits = model.train()(padded(TEXTS).to(device))
+    logits = model.train()(padded(TEXTS).to(target.device))
     assert all(x.isfinite().all() for x in gradients(model, logits).values())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@over_backends(0.0, 0.2)
-def test_autocast(backend, device, dtype, p):
-    adapter_of(backend, device, dtype, 8)
-    model = small(backend.name, device, dropout=p).train()
-    options = {"seed": seed_on(device)}
-    ids = padded(TEXTS).to(device)
+@over_backends(*HALVES, p=(0.0, 0.2))
+def test_autocast(target, dtype, p):
+    model = small(target.name, target.device, dropout=p).train()
+    options = {"seed": seed_on(target.device)}
+    ids = padded(TEXTS).to(target.device)
     expected = model(ids, **options)
-    with torch.autocast(device, dtype=dtype):
+    with torch.autocast(target.device, dtype=dtype):
         logits = model(ids, **options)
     atol = {torch.float16: 2e-2, torch.bfloat16: 1.5e-1}[dtype]
     torch.testing.assert_close(logits.float(), expected, rtol=0, atol=atol)

@@ -18,9 +18,9 @@ from fasttx.text.packing import (
     shuffled_batches,
     unpad,
 )
-from tests import equivalence
+from tests import backends
 
-pytestmark = equivalence.POISONED
+pytestmark = backends.POISONED
 
 TEXTS = [
     [],

@@ -1,0 +1,282 @@
+"""A layer that is hooked, wrapped, replaced, parametrised or quantised is honoured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fasttx import TransformerClassifier
+
+BACKENDS = ("cpu", "reference", "sdpa")
+IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]])
+LINEAR = (
+    "blocks.0.qkv", "blocks.0.out", "blocks.0.up", "blocks.0.down", "blocks.1.qkv", "blocks.1.out",
+    "blocks.1.up", "blocks.1.down", "head.dense", "head.classify",
+)  # fmt: skip
+NORMS = ("blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm")
+over_backends = pytest.mark.parametrize("backend", BACKENDS)
+over_layers = pytest.mark.parametrize("name", [*LINEAR, *NORMS])
+
+
+def tiny(backend: str, **settings: Any) -> TransformerClassifier:
+    """Whose logits depend on every layer: classify starts small, so it is drawn anew."""
+    torch.manual_seed(1)
+    sizes = {"d_model": 16, "num_heads": 2, "num_layers": 2, "d_ff": 24, "max_len": 8}
+    model = TransformerClassifier(20, attn_backend=backend, **sizes | settings).eval()
+    assert {name for name, x in model.named_modules() if isinstance(x, nn.Linear)} == set(LINEAR)
+    assert {name for name, x in model.named_modules() if isinstance(x, nn.LayerNorm)} == set(NORMS)
+    return model
+
+
+def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def step(model: nn.Module) -> list[Tensor]:
+    """The logits, and the gradient of each parameter."""
+    logits = model(IDS)
+    weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    gradients = torch.autograd.grad((logits * weights).sum(), list(model.parameters()))
+    return [logits.detach(), *gradients]
+
+
+def assert_changed(model: nn.Module, before: Tensor) -> None:
+    assert (model(IDS) - before).abs().max() > 1e-4
+
+
+# ------------------------------------------------------------------------------------------- hooks
+
+
+@over_layers
+@over_backends
+def test_forward_hooks_fire_once_and_may_change_the_output(backend, name):
+    model = tiny(backend)
+    before, seen = model(IDS), []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        seen.append(tuple(out.shape))
+        return out * 1.5
+
+    handle = model.get_submodule(name).register_forward_hook(note)
+    assert_changed(model, before)
+    assert len(seen) == 1
+    handle.remove()
+    assert torch.equal(model(IDS), before)
+
+
+@over_layers
+@over_backends
+def test_pre_hooks_may_change_the_input(backend, name):
+    model = tiny(backend)
+    before = model(IDS)
+    model.get_submodule(name).register_forward_pre_hook(lambda module, args: (args[0].sin() * 2,))
+    assert_changed(model, before)
+
+
+@over_layers
+@over_backends
+def test_backward_hooks_fire(backend, name):
+    model, seen = tiny(backend), []
+    layer = model.get_submodule(name)
+    layer.register_full_backward_hook(lambda module, given, taken: seen.append("after"))
+    layer.register_full_backward_pre_hook(lambda module, taken: seen.append("before"))
+    step(model)
+    assert seen == ["before", "after"]
+
+
+@over_backends
+def test_hooks_of_all_modules_fire(backend):
+    model, seen = tiny(backend), []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(module)
+    )
+    try:
+        model(IDS)
+    finally:
+        handle.remove()
+    for name in (*LINEAR, *NORMS):
+        assert model.get_submodule(name) in seen, name
+
+
+@over_backends
+def test_hooks_that_change_nothing_change_nothing(backend):
+    """Neither logits nor gradients, beyond the rounding of another order of sums."""
+    plain, hooked = tiny(backend), tiny(backend)
+    for name in (*LINEAR, *NORMS):
+        hooked.get_submodule(name).register_forward_hook(lambda module, args, out: None)
+    for x, y in zip(step(plain), step(hooked), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@over_backends
+def test_hooks_that_change_nothing_change_nothing_in_training(backend):
+    """The masks are drawn for places in the rows, whatever way a layer is called."""
+    losses = []
+    for is_hooked in (False, True):
+        model = tiny(backend, dropout=0.3).train()
+        for name in (*LINEAR, *NORMS) if is_hooked else ():
+            model.get_submodule(name).register_forward_hook(lambda module, args, out: None)
+        torch.manual_seed(5)
+        losses.append(model(IDS, seed=torch.tensor(3)))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ replacements
+
+
+class Wrapped(nn.Module):
+    """LoRA in the small: the layer, and a correction of low rank."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        wide = layer.weight.shape[-1]
+        out = layer.weight.shape[0]
+        self.a = nn.Parameter(torch.randn(wide, 2) / 4)
+        self.b = nn.Parameter(torch.randn(2, out) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.a @ self.b
+
+
+class LouderLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.5
+
+
+class LouderNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.5
+
+
+@over_layers
+@over_backends
+def test_a_wrapper_is_called_and_trained(backend, name):
+    model = tiny(backend)
+    before, wrapper = model(IDS), Wrapped(model.get_submodule(name))
+    replace(model, name, wrapper)
+    assert_changed(model, before)
+    model(IDS).square().sum().backward()
+    for p in (wrapper.a, wrapper.b, *wrapper.layer.parameters()):
+        assert p.grad is not None and p.grad.abs().max() > 0
+
+
+@over_layers
+@over_backends
+def test_a_subclass_is_called(backend, name):
+    model = tiny(backend)
+    before, old = model(IDS), model.get_submodule(name)
+    new = (
+        LouderLinear(old.in_features, old.out_features)
+        if name in LINEAR
+        else LouderNorm(old.normalized_shape)
+    )
+    new.load_state_dict(old.state_dict())
+    replace(model, name, new)
+    assert_changed(model, before)
+
+
+@over_layers
+@over_backends
+def test_a_forward_of_an_instance_is_called(backend, name):
+    model = tiny(backend)
+    before, layer = model(IDS), model.get_submodule(name)
+    forward: Callable[[Tensor], Tensor] = layer.forward
+    layer.forward = lambda x: forward(x) * 1.5
+    assert_changed(model, before)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@over_backends
+def test_a_linear_layer_without_a_bias(backend, name):
+    model = tiny(backend)
+    old = model.get_submodule(name)
+    new = nn.Linear(old.in_features, old.out_features, bias=False)
+    new.weight = old.weight
+    nn.init.zeros_(old.bias)
+    expected = model(IDS)
+    replace(model, name, new)
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"elementwise_affine": False}, {"eps": 0.5}])
+@pytest.mark.parametrize("name", NORMS)
+@over_backends
+def test_other_layer_norms(backend, name, options):
+    model, reference = tiny(backend), tiny("reference")
+    replace(model, name, nn.LayerNorm(16, **options))
+    norm = nn.LayerNorm(16, **options)
+    norm.register_forward_hook(lambda module, args, out: None)  # so that it is called
+    replace(reference, name, norm)
+    torch.testing.assert_close(model(IDS), reference(IDS), rtol=1e-5, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------- libraries
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@over_backends
+def test_parametrisations(backend, name):
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    model = tiny(backend)
+    before, layer = model(IDS), model.get_submodule(name)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Half())
+    assert_changed(model, before)
+    model(IDS).square().sum().backward()
+    assert layer.parametrizations.weight.original.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@over_backends
+def test_weight_norm(backend, name):
+    model = tiny(backend)
+    before, layer = model(IDS), model.get_submodule(name)
+    nn.utils.parametrizations.weight_norm(layer)
+    torch.testing.assert_close(model(IDS), before, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(2)  # the lengths
+    assert_changed(model, before)
+
+
+@over_backends
+def test_dynamic_quantization(backend):
+    model = tiny(backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is on its way to a package of its own
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    assert not any(type(x) is nn.Linear for x in quantized.modules())
+    logits, exact = quantized(IDS), model(IDS)
+    assert not torch.equal(logits, exact)
+    torch.testing.assert_close(logits, exact, rtol=0, atol=0.05)
+
+
+@over_backends
+def test_peft(backend):
+    """LoRA on every kind of linear layer: nothing changes at first, then only it is trained."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    model = tiny(backend)
+    before = model(IDS)
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "out", "up", "down", "dense", "classify"])
+    adapted = peft.get_peft_model(model, config)
+    torch.testing.assert_close(adapted(IDS), before, rtol=1e-5, atol=1e-6)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(LINEAR)
+    adam = torch.optim.Adam(trained, 0.05)
+    for _ in range(2):  # the first gradient of A is 0, since B starts as 0
+        adam.zero_grad()
+        adapted(IDS)[:, 0].sum().backward()
+        assert all(p.grad is not None for p in trained)
+        adam.step()
+    assert all(p.grad.abs().max() > 0 for p in trained)
+    assert_changed(adapted, before)
+    after = adapted(IDS)
+    torch.testing.assert_close(adapted.merge_and_unload()(IDS), after, rtol=1e-4, atol=1e-5)
