@@ -202,7 +202,7 @@ def usage(compiled: Any, target: str) -> Usage:
     if TARGETS[target][0] == "hip":
         text = compiled.asm["amdgcn"]
         registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text))
-        stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+        (stack,) = (int(n) for n in re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text))
         return Usage(registers, shared, stack)
     import triton
 
