@@ -157,7 +157,8 @@ class Adapter(Protocol):
     def unavailable_reasons(
         self, device: torch.device, dtype: torch.dtype, head_dim: int
     ) -> list[str]:
-        """Why it cannot run there; each reason says what to do. Empty: it can."""
+        """Why it cannot run there; each reason says what to do. Empty, as by default: it can."""
+        return []
 
     @property
     def operations(self) -> Operations:

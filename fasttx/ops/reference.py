@@ -57,10 +57,5 @@ class ReferenceOperations(PlainOperations):
 class Reference(Adapter):
     operations = ReferenceOperations()
 
-    def unavailable_reasons(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int
-    ) -> list[str]:
-        return []
-
 
 adapter: Adapter = Reference()

@@ -161,10 +161,5 @@ def _padded(qkv: Tensor, spans: Spans, p: float, causal: bool, scale: float | No
 class Sdpa(Adapter):
     operations = SdpaOperations()
 
-    def unavailable_reasons(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int
-    ) -> list[str]:
-        return []
-
 
 adapter: Adapter = Sdpa()

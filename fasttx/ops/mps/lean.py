@@ -104,10 +104,5 @@ class LeanOperations(PlainOperations):
 class Lean(Adapter):
     operations = LeanOperations()
 
-    def unavailable_reasons(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int
-    ) -> list[str]:
-        return []
-
 
 adapter: Adapter = Lean()
