@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from attention_peers import ATTENTION_PEERS, AttentionPeer, Batch, Wanted
-from contest import Contest, Expected, backends, check_dropout, require, verified_texts
+from contest import Contest, Expected, OneOperation, backends, require, verified_texts
 from limit import Limit, Work
 from torch import Tensor
 from workload import Setting
@@ -28,7 +28,7 @@ SLACK = 128
 Outcome = tuple[Tensor, ...]  # the output (T, H, D); with backward also the gradient of qkv
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attention:
     """One layer's attention on packed texts; what all its contestants share."""
 
@@ -65,14 +65,9 @@ class Attention:
         shape = (self.setting.config.num_heads, self.head_dim)
         return FirstTexts("first texts", tuple(lens), *shape, given=self.inputs[0])
 
-    @functools.cached_property
-    def expected(self) -> Expected:
-        return self.first.expected(self.setting.dtype)
-
-    @functools.cached_property
-    def expected_with_dropout(self) -> Expected:
-        """By the masks that backends share, of seed 1."""
-        return self.first.expected(self.setting.dtype, self.p, seed=1)
+    @functools.cache  # noqa: B019  (as long-lived as its contest)
+    def expected(self, p: float) -> Expected:
+        return Expected.of(self.first, self.setting.dtype, p)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,24 +80,15 @@ class FirstTexts(AttentionCase):
         qkv, grad = (x[: self.total].to("cpu", dtype) for x in self.given)
         return qkv, grad
 
-    def expected(self, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Expected:
-        exact, plain = (self.define(dtype, wide, p, seed) for wide in (torch.float64, dtype))
-        return Expected(exact, plain, dtype)
-
     def of(self, outcome: Outcome) -> dict[str, Tensor]:
         """Their part of an outcome, by the names of `define`."""
-        out, *dqkv = (x[: self.total] for x in outcome)
+        out, *dqkv = (x.detach()[: self.total] for x in outcome)
         values = (out, *(x for packed in dqkv for x in packed.unbind(1)))
         return dict(zip(("out", "dq", "dk", "dv"), values, strict=False))
 
 
-class _Contestant:
+class _Contestant(OneOperation):
     """Subclasses say how an outcome is computed, and how it is brought into the packed form."""
-
-    shares_masks = False
-
-    def __init__(self, name: str, work: Attention, note: str) -> None:
-        self.name, self.work, self.note = name, work, note
 
     def compute(self, i: int, p: float, seed: int) -> Outcome:
         raise NotImplementedError
@@ -110,32 +96,19 @@ class _Contestant:
     def packed(self, outcome: Outcome) -> Outcome:
         return outcome
 
+    def outcome(self, p: float, seed: int) -> dict[str, Tensor]:
+        return self.work.first.of(self.packed(self.compute(0, p, seed)))
+
     def step(self, i: int) -> object:
         return self.compute(i, self.work.p, i)
-
-    def verify(self) -> None:
-        work = self.work
-
-        def outcome(p: float, seed: int) -> Outcome:
-            return self.packed(tuple(x.detach() for x in self.compute(0, p, seed)))
-
-        without = outcome(0.0, 0)
-        work.expected.check(self.name, work.first.of(without))
-        if work.p and "no dropout" not in self.note:
-            once, again = outcome(work.p, 1), outcome(work.p, 2)
-            check_dropout(self.name, without[0], once[0], again[0])
-            if self.shares_masks:
-                who = f"{self.name}, with dropout"
-                work.expected_with_dropout.check(who, work.first.of(once))
 
 
 class BackendAttention(_Contestant):
     """A backend's attention, on qkv read in place."""
 
     def __init__(self, name: str, work: Attention, backend: Backend) -> None:
-        self.backend, self.shares_masks = backend, backend.dropout == "shared"
-        own = work.p and not self.shares_masks
-        super().__init__(name, work, "torch's own dropout masks" if own else "")
+        super().__init__(name, work, backend)
+        self.backend = backend
 
     def prepare(self) -> None:
         work, setting = self.work, self.work.setting
@@ -161,7 +134,7 @@ class PeerAttention(_Contestant):
     """A peer's attention, on inputs in the form that suits it."""
 
     def __init__(self, name: str, work: Attention, peer: AttentionPeer) -> None:
-        super().__init__(name, work, peer.note)
+        super().__init__(name, work, None, peer.note)
         self.peer = peer
 
     def prepare(self) -> None:

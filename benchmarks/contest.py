@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fasttx.ops.registry import BACKENDS, Backend
-from fasttx.testing import Measure, length
+from fasttx.testing import Case, Measure, length
 
 if TYPE_CHECKING:
     from limit import Limit
@@ -91,6 +91,12 @@ class Expected:
             for name, x in exact.items()
         }
 
+    @classmethod
+    def of(cls, case: Case, dtype: torch.dtype, p: float) -> Expected:
+        """What a case comes to, with the masks of seed 1 that backends share."""
+        exact, plain = (case.define(dtype, wide, p, seed=1) for wide in (torch.float64, dtype))
+        return cls(exact, plain, dtype)
+
     def check(self, who: str, actual: dict[str, Tensor]) -> None:
         """Raises AssertionError where one of these values is too far off."""
         found = [self.measures[name].compare(f"{who}:", {name: x}) for name, x in actual.items()]
@@ -101,6 +107,35 @@ class Expected:
 def verified_texts(lengths: Sequence[int]) -> int:
     """How many texts of an input, from its first one on, are held to float64."""
     return max(1, int((np.cumsum(lengths) <= VERIFIED_TOKENS).sum()))
+
+
+class OneOperation:
+    """A contestant of one operation; `backend` None: a peer. Subclasses compute outcomes.
+
+    work: has p and, with the masks that backends share (seed 1), `expected(p)`.
+    """
+
+    def __init__(self, name: str, work: Any, backend: Backend | None, note: str = "") -> None:
+        self.name, self.work, self.note = name, work, note or mask_note(backend, work.p)
+        self.shares_masks = backend is not None and backend.dropout == "shared"
+
+    def outcome(self, p: float, seed: int) -> dict[str, Tensor]:
+        """The values of input 0 by name, "out" and gradients."""
+        raise NotImplementedError
+
+    def verify(self) -> None:
+        work, without = self.work, self.outcome(0.0, 1)
+        work.expected(0.0).check(self.name, without)
+        if work.p and "no dropout" not in self.note:
+            once, again = self.outcome(work.p, 1), self.outcome(work.p, 2)
+            check_dropout(self.name, without["out"], once["out"], again["out"])
+            if self.shares_masks:
+                work.expected(work.p).check(f"{self.name}, with dropout", once)
+
+
+def mask_note(backend: Backend | None, p: float) -> str:
+    own = backend is not None and backend.dropout == "torch" and p
+    return "torch's own dropout masks" if own else ""
 
 
 def check_dropout(who: str, without: Tensor, once: Tensor, again: Tensor) -> None:

@@ -18,10 +18,10 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from plots import ROOT, save
 
-from fasttx.reporting.plots import GREY, STYLE
+from fasttx.reporting.plots import STYLE
 
-ROOT = Path(__file__).resolve().parents[1]
 COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#5f5e5b")
 
 
@@ -71,12 +71,7 @@ def draw(runs: list[tuple[str, dict[str, Any]]], folder: Path) -> None:
         f"validation chose; seed {', '.join(map(str, seeds))}\n"
         f"{hardware}, torch {versions['torch']}; python benchmarks/curves.py NAME=RUN ..."
     )
-    figure.supxlabel(text, fontsize=7, color=GREY, x=0.01, ha="left")
-    for suffix in ("svg", "png"):
-        # No date in the file: equal figures give equal bytes.
-        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-        figure.savefig(folder / f"learning-curves.{suffix}", dpi=160, metadata=metadata)
-    plt.close(figure)
+    save(figure, folder / "learning-curves", text)
 
 
 def main() -> None:

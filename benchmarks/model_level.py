@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import Contest, Expected, backends, check_dropout, require, verified_texts
+from contest import Contest, Expected, backends, check_dropout, mask_note, require, verified_texts
 from limit import Limit, Work
 from model_peers import Peer, peers
 from torch import Tensor, nn
@@ -163,8 +163,8 @@ class PeerModel(_Contestant):
 
 class BackendModel(_Contestant):
     def __init__(self, name: str, work: Model, backend: Backend) -> None:
-        own = backend.dropout == "torch" and work.training and work.setting.config.dropout
-        super().__init__(name, work, "torch's own dropout masks" if own else "")
+        p = work.setting.config.dropout if work.training else 0.0
+        super().__init__(name, work, mask_note(backend, p))
         self.backend = backend
 
     def prepare(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Expected, backends, check_dropout, require
+from contest import Contest, Expected, OneOperation, backends, require
 from limit import Limit, Work, linear_products
 from torch import Tensor
 from workload import Setting, make_batches
@@ -71,7 +71,7 @@ class ModelCase(RowCase):
         return {"ids": ids, "position_ids": at, "positions": positions}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """One operation on the rows of each input; what all its contestants share."""
 
@@ -80,29 +80,17 @@ class Operation:
     p: float
     backward: bool
 
+    @functools.cache  # noqa: B019  (as long-lived as its contest)
     def expected(self, p: float) -> Expected:
-        case, dtype = self.cases[0], self.setting.dtype
-        exact, plain = (case.define(dtype, wide, p, seed=1) for wide in (torch.float64, dtype))
-        return Expected(exact, plain, dtype)
-
-    @functools.cached_property
-    def without_dropout(self) -> Expected:
-        return self.expected(0.0)
-
-    @functools.cached_property
-    def with_dropout(self) -> Expected:
-        """By the masks that backends share, of seed 1."""
-        return self.expected(self.p)
+        return Expected.of(self.cases[0], self.setting.dtype, p)
 
 
-class OperationContestant:
+class OperationContestant(OneOperation):
     """An operation by a backend; None: by plain torch."""
 
     def __init__(self, name: str, work: Operation, backend: Backend | None) -> None:
-        self.name, self.work, self.backend = name, work, backend
-        self.shares_masks = backend is not None and backend.dropout == "shared"
-        own = backend is not None and work.p and not self.shares_masks
-        self.note = "torch's own dropout masks" if own else ""
+        super().__init__(name, work, backend)
+        self.backend = backend
 
     def prepare(self) -> None:
         work, setting = self.work, self.work.setting
@@ -123,20 +111,9 @@ class OperationContestant:
     def _dropout(self, p: float, seed: int) -> Dropout:
         return Dropout.of(p, torch.tensor(seed, device=self.work.setting.device))
 
-    def verify(self) -> None:
-        work, case = self.work, self.work.cases[0]
-
-        def outcome(p: float, seed: int) -> dict[str, Tensor]:
-            setting, dropout = work.setting, self._dropout(p, seed)
-            return case.run(self.operations, setting.device, setting.dtype, dropout)
-
-        without = outcome(0.0, 1)
-        work.without_dropout.check(self.name, without)
-        if work.p:
-            once, again = outcome(work.p, 1), outcome(work.p, 2)
-            check_dropout(self.name, without["out"], once["out"], again["out"])
-            if self.shares_masks:
-                work.with_dropout.check(f"{self.name}, with dropout", once)
+    def outcome(self, p: float, seed: int) -> dict[str, Tensor]:
+        setting, dropout = self.work.setting, self._dropout(p, seed)
+        return self.work.cases[0].run(self.operations, setting.device, setting.dtype, dropout)
 
     def step(self, i: int) -> object:
         leaves, fixed, grads = self.inputs[i]

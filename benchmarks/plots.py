@@ -25,7 +25,10 @@ from attention_peers import ATTENTION_PEERS
 from contest import backends
 from figures import caption, saved_runs_folder
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from model_peers import PEERS
+
+from fasttx.reporting.plots import GREY, STYLE
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "pytest benchmarks/ && python benchmarks/plots.py"
@@ -153,13 +156,17 @@ def draw(name: str, found: list[Measured], folder: Path) -> bool:
         rounds = sorted({result["rounds"] for m in drawn for result in m.results.values()})
         n = "-".join(str(r) for r in dict.fromkeys((rounds[0], rounds[-1])))
         text = f"{caption(drawn[-1].where)}, n = {n}\n{COMMAND}"
-        figure.supxlabel(text, fontsize=7, color="#5f5e5b", x=0.01, ha="left")
-        for suffix in ("svg", "png"):
-            # No date in the file: equal figures give equal bytes.
-            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-            figure.savefig(folder / f"{name}.{suffix}", dpi=160, metadata=metadata)
+        save(figure, folder / name, text)
     plt.close(figure)
     return bool(drawn)
+
+
+def save(figure: Figure, path: Path, text: str) -> None:
+    """As SVG and PNG, with the text below. Equal figures give equal bytes: no date is in them."""
+    figure.supxlabel(text, fontsize=7, color=GREY, x=0.01, ha="left")
+    for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+        figure.savefig(path.with_name(f"{path.name}.{suffix}"), dpi=160, metadata=metadata)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -170,11 +177,7 @@ def main() -> None:
     paths = arguments.saved or sorted(saved_runs_folder().glob("*/[0-9]*_*.json"))
     if not paths:
         sys.exit(f"no saved run in {saved_runs_folder()}: run `pytest benchmarks/` first")
-    mpl.rcParams.update({
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "axes.axisbelow": True, "grid.color": "#e6e5e2", "grid.linewidth": 0.7, "font.size": 9,
-        "axes.titlesize": 11, "axes.titlelocation": "left", "svg.hashsalt": "fasttx",
-    })  # fmt: skip
+    mpl.rcParams.update(STYLE)
     found = contests(paths)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
