@@ -233,8 +233,8 @@ class Encoder(nn.Module):
 def _weights(qkv: Tensor, spans: Spans) -> Tensor:
     from fasttx.ops import padded, reference
 
-    index = padded.padded_rows(spans.starts, spans.lens, spans.max_seqlen, len(qkv))
+    index = padded.padded_rows(spans, len(qkv))
     q, k, _ = (padded.gather_rows(x, index) for x in qkv.unbind(1))
-    weights = reference.attention_weights(q, k, spans.lens, causal=False, scale=None)
+    weights = reference.attention_weights(q, k, spans.lens, False, q.shape[-1] ** -0.5)
     real = (index < len(qkv))[:, None, :, None]
     return torch.where(real, weights, 0.0)

@@ -9,9 +9,11 @@ launchers by `fused.FusedOperations`, which adds everything that is the same for
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fasttx.ops.dropout import NO_DROPOUT, Dropout
@@ -85,70 +87,135 @@ def _check_values(starts: Tensor, lens: Tensor, max_seqlen: int, rows: int) -> N
         end = start + length
 
 
-class Operations(Protocol):
-    """What a model runs on. Every backend computes the same functions, dropout masks included."""
+class Attend(NamedTuple):
+    """What attention is told besides its tensors."""
+
+    spans: Spans
+    dropout: Dropout
+    causal: bool
+    scale: float
+
+
+class Operations(ABC):
+    """What a model runs on. Every backend computes the same functions, dropout masks included.
+
+    The public methods check their arguments, the same way for all, and call what a backend defines:
+    `_attend`, `_embed`, `_add_norm`, `_bias_act`. They raise ValueError for shapes that do not fit
+    and for tensors on several devices.
+    """
 
     def attention(
-        self,
-        qkv: Tensor,
-        spans: Spans,
-        dropout: Dropout = NO_DROPOUT,
-        *,
-        causal: bool = False,
+        self, qkv: Tensor, spans: Spans, dropout: Dropout = NO_DROPOUT, *, causal: bool = False,
         scale: float | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """softmax(q k^T scale) v inside each sequence, dropout on the weights; read in place.
 
         qkv (T, 3, H, D) -> (T, H, D). scale: D ** -0.5 by default.
         """
+        if qkv.dim() != 4 or qkv.shape[1] != 3:
+            raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (T, 3, H, D)")
+        _check_device(qkv, spans.starts, spans.lens, dropout.seed)
+        scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+        return self._attend_packed(qkv, Attend(spans, dropout, causal, scale))
 
     def attention_qkv(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spans: Spans,
-        dropout: Dropout = NO_DROPOUT,
-        *,
-        causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, dropout: Dropout = NO_DROPOUT, *,
+        causal: bool = False, scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """The same of projections that lie apart, three equal (T, H, D) with any strides."""
+        if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+            raise ValueError(f"q, k, v have shapes {shapes}; expected three equal (T, H, D)")
+        _check_device(q, k, v, spans.starts, spans.lens, dropout.seed)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return self._attend(q, k, v, Attend(spans, dropout, causal, scale))
 
     def embed(
-        self,
-        ids: Tensor,
-        position_ids: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        dropout: Dropout,
+        self, ids: Tensor, position_ids: Tensor, table: Tensor, positions: Tensor, dropout: Dropout,
         scale: float,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """dropout(table[ids] * scale + positions[position_ids]): ids, position_ids (T,) -> (T, d).
 
         table (V, d); positions (longest, d), which gets no gradient.
         """
+        if ids.dim() != 1 or ids.shape != position_ids.shape:
+            shapes = f"{tuple(ids.shape)} and {tuple(position_ids.shape)}"
+            raise ValueError(f"ids and position_ids have shapes {shapes}; expected two equal (T,)")
+        if table.dim() != 2 or positions.dim() != 2 or table.shape[1] != positions.shape[1]:
+            shapes = f"{tuple(table.shape)} and {tuple(positions.shape)}"
+            raise ValueError(
+                f"table and positions have shapes {shapes}; expected (V, d) and (longest, d)"
+            )
+        _check_device(table, ids, position_ids, positions, dropout.seed)
+        return self._embed(ids, position_ids, table, positions, dropout, scale)
 
     def add_norm(
-        self,
-        h: Tensor,
-        y: Tensor,
-        bias: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        dropout: Dropout,
+        self, h: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, dropout: Dropout,
         eps: float = LAYER_NORM_EPS,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """h' = h + dropout(y + bias) and LayerNorm(h') * gamma + beta; h, y (T, d) -> two (T, d).
 
         The second may come in y's dtype: autocast would round it to that for the next layer.
         """
+        if h.dim() != 2 or h.shape != y.shape:
+            shapes = f"{tuple(h.shape)} and {tuple(y.shape)}"
+            raise ValueError(f"h and y have shapes {shapes}; expected two equal (T, d)")
+        for name, x in (("bias", bias), ("gamma", gamma), ("beta", beta)):
+            _check_vector(name, x, h.shape[1])
+        _check_device(h, y, bias, gamma, beta, dropout.seed)
+        return self._add_norm(h, y, bias, gamma, beta, dropout, eps)
 
     def bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
         """dropout(act(u + bias)), act "relu" or "gelu" (exact, by erf): u (T, d) -> (T, d)."""
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
+            )
+        if u.dim() != 2:
+            raise ValueError(f"u has shape {tuple(u.shape)}; expected (T, d)")
+        _check_vector("bias", bias, u.shape[1])
+        _check_device(u, bias, dropout.seed)
+        return self._bias_act(u, bias, dropout, activation)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x weight^T + bias, as `torch.nn.functional.linear`: x (T, in), weight (out, in)."""
+        return F.linear(x, weight, bias)
+
+    # --- what a backend defines -------------------------------------------------------------------
+
+    @abstractmethod
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attend) -> Tensor: ...
+
+    def _attend_packed(self, qkv: Tensor, how: Attend) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        return self._attend(q, k, v, how)
+
+    @abstractmethod
+    def _embed(
+        self, ids: Tensor, position_ids: Tensor, table: Tensor, positions: Tensor, dropout: Dropout,
+        scale: float,
+    ) -> Tensor: ...  # fmt: skip
+
+    @abstractmethod
+    def _add_norm(
+        self, h: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, dropout: Dropout,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @abstractmethod
+    def _bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor: ...
+
+
+def _check_vector(name: str, x: Tensor, columns: int) -> None:
+    if x.shape != (columns,):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({columns},)")
+
+
+def _check_device(first: Tensor, *others: Tensor | None) -> None:
+    device = first.device
+    for x in others:
+        if x is not None and x.device != device:
+            raise ValueError(f"tensors lie on {device} and {x.device}; expected one device for all")
 
 
 class Adapter(Protocol):

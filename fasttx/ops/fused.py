@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fasttx.ops.contract import ACTIVATIONS, LAYER_NORM_EPS, Spans
-from fasttx.ops.dropout import NO_DROPOUT, Dropout
+from fasttx.ops.contract import Attend, Operations
+from fasttx.ops.dropout import Dropout
 
 
 class AttentionLaunchers(Protocol):
@@ -115,16 +114,16 @@ _DROPOUT = "int threshold, Tensor? seed"
 _ATTENTION = f"Tensor starts, Tensor lens, SymInt max_seqlen, {_DROPOUT}, bool causal, float scale"
 
 
-class FusedOperations:
+class FusedOperations(Operations):
     """The `contract.Operations` of a backend with kernels; differentiable once, in reverse mode."""
 
     def __init__(self, name: str, launchers: Launchers) -> None:
         self._name, self._launch = name, launchers
         self._library = torch.library.Library(f"fasttx_{name}", "DEF")
-        self._attention, self._attention_qkv = self._define_attention()
-        self._embed = self._define_embed()
-        self._add_norm = self._define_add_norm()
-        self._bias_act = self._define_bias_act()
+        self._attention_operator, self._attention_qkv_operator = self._define_attention()
+        self._embed_operator = self._define_embed()
+        self._add_norm_operator = self._define_add_norm()
+        self._bias_act_operator = self._define_bias_act()
 
     # --- operators --------------------------------------------------------------------------------
 
@@ -426,114 +425,46 @@ class FusedOperations:
 
     # --- what a model calls -----------------------------------------------------------------------
 
-    def attention(
-        self,
-        qkv: Tensor,
-        spans: Spans,
-        dropout: Dropout = NO_DROPOUT,
-        *,
-        causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        if qkv.dim() != 4 or qkv.shape[1] != 3:
-            raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (T, 3, H, D)")
-        self._check(qkv, spans.starts, spans.lens, dropout.seed)
-        scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-        options = (*spans, dropout.threshold, dropout.seed, causal, scale)
-        out, _ = self._attention(self._stored(qkv), *options)
+    def _attend_packed(self, qkv: Tensor, how: Attend) -> Tensor:
+        self._refuse_forward_mode(qkv)
+        out, _ = self._attention_operator(self._stored(qkv), *_flat(how))
         return out.to(qkv.dtype)
 
-    def attention_qkv(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spans: Spans,
-        dropout: Dropout = NO_DROPOUT,
-        *,
-        causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
-            shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-            raise ValueError(f"q, k, v have shapes {shapes}; expected three equal (T, H, D)")
-        self._check(q, k, v, spans.starts, spans.lens, dropout.seed)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attend) -> Tensor:
+        self._refuse_forward_mode(q, k, v)
         same = q.dtype == k.dtype == v.dtype
         stored = (self._stored(x) if same else x.float() for x in (q, k, v))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        options = (*spans, dropout.threshold, dropout.seed, causal, scale)
-        out, _ = self._attention_qkv(*stored, *options)
+        out, _ = self._attention_qkv_operator(*stored, *_flat(how))
         return out.to(q.dtype)
 
-    def embed(
-        self,
-        ids: Tensor,
-        position_ids: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        dropout: Dropout,
+    def _embed(
+        self, ids: Tensor, position_ids: Tensor, table: Tensor, positions: Tensor, dropout: Dropout,
         scale: float,
-    ) -> Tensor:
-        if ids.dim() != 1 or ids.shape != position_ids.shape:
-            raise ValueError(
-                f"ids and position_ids have shapes {tuple(ids.shape)} and "
-                f"{tuple(position_ids.shape)}; expected two equal (T,)"
-            )
-        if table.dim() != 2 or positions.dim() != 2 or table.shape[1] != positions.shape[1]:
-            raise ValueError(
-                f"table and positions have shapes {tuple(table.shape)} and "
-                f"{tuple(positions.shape)}; expected (V, d) and (longest, d)"
-            )
-        self._check(table, ids, position_ids, positions, dropout.seed)
-        dtype = torch.promote_types(table.dtype, positions.dtype)
-        h = self._embed(
-            ids, position_ids, self._streamed(table), self._streamed(positions),
-            dropout.threshold, dropout.seed, scale,
-        )  # fmt: skip
-        return h.to(dtype)
+    ) -> Tensor:  # fmt: skip
+        self._refuse_forward_mode(table)
+        tables = self._streamed(table), self._streamed(positions)
+        t, seed, _ = dropout
+        h = self._embed_operator(ids, position_ids, *tables, t, seed, scale)
+        return h.to(torch.promote_types(table.dtype, positions.dtype))
 
-    def add_norm(
-        self,
-        h: Tensor,
-        y: Tensor,
-        bias: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        dropout: Dropout,
-        eps: float = LAYER_NORM_EPS,
-    ) -> tuple[Tensor, Tensor]:
-        if h.dim() != 2 or h.shape != y.shape:
-            raise ValueError(
-                f"h and y have shapes {tuple(h.shape)} and {tuple(y.shape)}; expected two equal "
-                "(T, d)"
-            )
-        for name, x in (("bias", bias), ("gamma", gamma), ("beta", beta)):
-            _check_vector(name, x, h.shape[1])
-        self._check(h, y, bias, gamma, beta, dropout.seed)
-        stream, branch = self._streamed(h), self._stored(y)
+    def _add_norm(
+        self, h: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, dropout: Dropout,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self._refuse_forward_mode(h, y, bias, gamma, beta)
         vectors = (self._streamed(x) for x in (bias, gamma, beta))
-        total, normed, _ = self._add_norm(
-            stream, branch, *vectors, dropout.threshold, dropout.seed, eps
+        t, seed, _ = dropout
+        total, normed, _ = self._add_norm_operator(
+            self._streamed(h), self._stored(y), *vectors, t, seed, eps
         )
         return total.to(torch.promote_types(h.dtype, y.dtype)), normed.to(y.dtype)
 
-    def bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
-            )
-        if u.dim() != 2:
-            raise ValueError(f"u has shape {tuple(u.shape)}; expected (T, d)")
-        _check_vector("bias", bias, u.shape[1])
-        self._check(u, bias, dropout.seed)
-        out = self._bias_act(
-            self._stored(u), self._streamed(bias), dropout.threshold, dropout.seed,
-            activation == "gelu",
-        )  # fmt: skip
+    def _bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
+        self._refuse_forward_mode(u, bias)
+        t, seed, _ = dropout
+        gelu = activation == "gelu"
+        out = self._bias_act_operator(self._stored(u), self._streamed(bias), t, seed, gelu)
         return out.to(u.dtype)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
 
     # --- arguments --------------------------------------------------------------------------------
 
@@ -543,16 +474,11 @@ class FusedOperations:
     def _streamed(self, x: Tensor) -> Tensor:
         return x if x.dtype in self._launch.stream else x.float()
 
-    def _check(self, first: Tensor, *others: Tensor | None) -> None:
-        """One device for all: kernels see addresses. And no forward-mode derivative."""
-        device = first.device
-        for x in others:
-            if x is not None and x.device != device:
-                raise ValueError(
-                    f"tensors lie on {device} and {x.device}; expected one device for all"
-                )
-        if _in_forward_mode() and any(_has_tangent(x) for x in (first, *others)):
-            # torch would take it for a constant: the derivative would come out as 0.
+    def _refuse_forward_mode(self, *tensors: Tensor) -> None:
+        """torch would take the result for a constant: its derivative would come out as 0."""
+        if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+            return
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise NotImplementedError(
                 f"the {self._name} backend has no forward-mode derivatives (torch.func.jvp, "
                 "torch.autograd.forward_ad); use attn_backend='reference'"
@@ -564,20 +490,12 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def _flat(how: Attend) -> tuple[Any, ...]:
+    """As the operators take it."""
+    threshold, seed, _ = how.dropout
+    return (*how.spans, threshold, seed, how.causal, how.scale)
+
+
 def _spans(options: tuple[Any, ...]) -> tuple[Any, ...]:
     starts, lens, *rest = options
     return (starts.contiguous(), lens.contiguous(), *rest)
-
-
-def _check_vector(name: str, x: Tensor, columns: int) -> None:
-    if x.shape != (columns,):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({columns},)")
-
-
-def _in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
-
-
-def _has_tangent(x: Tensor | None) -> bool:
-    floating = x is not None and x.is_floating_point()
-    return floating and forward_ad.unpack_dual(x).tangent is not None

@@ -8,12 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fasttx.ops.contract import Spans
 
-def padded_rows(seq_starts: Tensor, seq_lens: Tensor, max_seqlen: int, rows: int) -> Tensor:
+
+def padded_rows(spans: Spans, rows: int) -> Tensor:
     """(B, L) int64: the row of each position, and `rows` where the sequence has ended."""
-    position = torch.arange(max_seqlen, device=seq_starts.device)
-    index = seq_starts.long()[:, None] + position
-    return torch.where(position < seq_lens[:, None], index, rows)
+    position = torch.arange(spans.max_seqlen, device=spans.starts.device)
+    index = spans.starts.long()[:, None] + position
+    return torch.where(position < spans.lens[:, None], index, rows)
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:

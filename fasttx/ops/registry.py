@@ -164,7 +164,7 @@ def resolve_later(name: str, device: torch.device, dtype: torch.dtype, head_dim:
         return _Refused(str(error))
 
 
-class _Refused:
+class _Refused(Operations):
     """Operations that raise why they cannot run."""
 
     def __init__(self, message: str) -> None:
@@ -173,7 +173,7 @@ class _Refused:
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise BackendUnavailableError(self._message)
 
-    attention = attention_qkv = embed = add_norm = bias_act = linear = _refuse
+    _attend = _attend_packed = _embed = _add_norm = _bias_act = linear = _refuse
 
 
 def descriptions(used: str) -> dict[str, dict[str, Any]]:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasttx.ops.contract import Adapter, Spans
-from fasttx.ops.dropout import NO_DROPOUT, ONE, Dropout, keep_scale
+from fasttx.ops.contract import Adapter, Attend
+from fasttx.ops.dropout import ONE, Dropout, keep_scale
 from fasttx.ops.padded import gather_rows, padded_rows, scatter_rows
 from fasttx.ops.plain import PlainOperations
 
@@ -89,42 +89,23 @@ class SdpaOperations(PlainOperations):
             return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
         return _CpuDropout.apply(x, t) if _by_hand(x) else F.dropout(x, dropout.p)
 
-    def bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
+    def _bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
         t = dropout.threshold
         if activation == "relu" and t < ONE and u.requires_grad and _by_hand(u):
             return _CpuReluDropout.apply(u, bias.to(u.dtype), t)
-        return super().bias_act(u, bias, dropout, activation)
+        return super()._bias_act(u, bias, dropout, activation)
 
-    def attention_qkv(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spans: Spans,
-        dropout: Dropout = NO_DROPOUT,
-        *,
-        causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        qkv = torch.stack([q, k, v], 1)
-        return self.attention(qkv, spans, dropout, causal=causal, scale=scale)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attend) -> Tensor:
+        return self._attend_packed(torch.stack([q, k, v], 1), how)
 
-    def attention(
-        self,
-        qkv: Tensor,
-        spans: Spans,
-        dropout: Dropout = NO_DROPOUT,
-        *,
-        causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        way = _one_by_one if _by_hand(qkv) else _padded
-        return way(qkv, spans, dropout.p, causal, scale)
+    def _attend_packed(self, qkv: Tensor, how: Attend) -> Tensor:
+        return _one_by_one(qkv, how) if _by_hand(qkv) else _padded(qkv, how)
 
 
-def _one_by_one(qkv: Tensor, spans: Spans, p: float, causal: bool, scale: float | None) -> Tensor:
+def _one_by_one(qkv: Tensor, how: Attend) -> Tensor:
     """No padded FLOPs, and one sequence's weights fit the cache; sizes are free to read here."""
-    starts, lens = spans.starts.tolist(), spans.lens.tolist()
+    starts, lens = how.spans.starts.tolist(), how.spans.lens.tolist()
+    p, causal, scale = how.dropout.p, how.causal, how.scale
     live = sorted((s, n) for s, n in zip(starts, lens, strict=True) if n)
     if not live:  # all zeros, but still in the graph: DDP waits for every parameter's gradient
         return qkv[:, 0].masked_fill(torch.ones((), dtype=torch.bool), 0.0)
@@ -144,15 +125,16 @@ def _one_by_one(qkv: Tensor, spans: Spans, p: float, causal: bool, scale: float 
     return torch.cat(out)
 
 
-def _padded(qkv: Tensor, spans: Spans, p: float, causal: bool, scale: float | None) -> Tensor:
+def _padded(qkv: Tensor, how: Attend) -> Tensor:
     """No size is read from the device: padded to max_seqlen, with a key mask."""
-    index = padded_rows(spans.starts, spans.lens, spans.max_seqlen, len(qkv))
+    spans, p, scale = how.spans, how.dropout.p, how.scale
+    index = padded_rows(spans, len(qkv))
     q, k, v = (gather_rows(x, index) for x in qkv.unbind(1))
     position = torch.arange(spans.max_seqlen, device=qkv.device)
     lens = spans.lens[:, None]
     # An empty sequence may look at its zeros: a row with no key at all is NaN in some kernels.
     mask = ((position < lens) | (lens == 0))[:, None, None, :]
-    if causal:
+    if how.causal:
         mask = mask & (position <= position[:, None])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
     return scatter_rows(out, index, len(qkv))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import pytest
 import torch
@@ -18,27 +17,22 @@ pytestmark = backends.POISONED
 OPERATIONS = [name for name in vars(Operations) if not name.startswith("_")]
 
 
-def parameters(function: Any) -> list[tuple[str, Any, Any]]:
-    found = inspect.signature(function).parameters.values()
-    return [(x.name, x.kind, x.default) for x in found if x.name != "self"]
-
-
 def test_there_are_five_operations():
     """And attention a second time, of projections that lie apart."""
     assert OPERATIONS == ["attention", "attention_qkv", "embed", "add_norm", "bias_act", "linear"]
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_backend_has_the_contract_s_signatures(name):
-    """Also those that cannot run here, wherever they can be imported."""
+def test_no_backend_has_entries_of_its_own(name):
+    """Arguments are checked once, for all; also for those that cannot run here."""
     try:
         adapter = EVERY[name].adapter()
         operations = adapter.operations
     except ImportError as error:
         pytest.skip(f"{name} cannot be imported here: {error}")
-    for operation in OPERATIONS:
-        mine, wanted = getattr(operations, operation), getattr(Operations, operation)
-        assert parameters(mine) == parameters(wanted), f"{name}.{operation}"
+    assert isinstance(operations, Operations)
+    for operation in set(OPERATIONS) - {"linear"}:
+        assert getattr(type(operations), operation) is getattr(Operations, operation), operation
     reasons = inspect.signature(adapter.unavailable_reasons).parameters
     assert list(reasons) == ["device", "dtype", "head_dim"]
     assert isinstance(adapter.description(), dict)

@@ -9,10 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fasttx.ops.contract import Adapter, Operations, Spans
+from fasttx.ops.contract import Adapter, Attend, Operations
 from fasttx.ops.mps import lean
 from fasttx.ops.mps.choice import MODES, choices, choose, mode
 
@@ -30,40 +29,34 @@ def _chosen(part: str, x: Tensor, head_dim: int = 0) -> Operations:
     return lean.adapter.operations
 
 
-def _chosen_attention(x: Tensor, spans: Spans) -> tuple[Operations, Spans]:
+def _chosen_attention(x: Tensor, how: Attend) -> tuple[Operations, Attend]:
     operations = _chosen("attention", x, x.shape[-1])
     if operations is lean.adapter.operations:
         # torch keeps a program for every shape on MPS: the L x L matrices come in few sizes.
-        spans = spans._replace(max_seqlen=-(-spans.max_seqlen // 64) * 64)
-    return operations, spans
+        longest = -(-how.spans.max_seqlen // 64) * 64
+        how = how._replace(spans=how.spans._replace(max_seqlen=longest))
+    return operations, how
 
 
-class ChosenOperations:
+class ChosenOperations(Operations):
     """Each call goes the way that was chosen for its part, dtype and head_dim."""
 
-    def attention(self, qkv: Tensor, spans: Spans, *rest: Any, **options: Any) -> Tensor:
-        operations, spans = _chosen_attention(qkv, spans)
-        return operations.attention(qkv, spans, *rest, **options)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attend) -> Tensor:
+        operations, how = _chosen_attention(q, how)
+        return operations._attend(q, k, v, how)
 
-    def attention_qkv(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, *rest: Any, **options: Any
-    ) -> Tensor:
-        operations, spans = _chosen_attention(q, spans)
-        return operations.attention_qkv(q, k, v, spans, *rest, **options)
+    def _attend_packed(self, qkv: Tensor, how: Attend) -> Tensor:
+        operations, how = _chosen_attention(qkv, how)
+        return operations._attend_packed(qkv, how)
 
-    def embed(
-        self, ids: Tensor, position_ids: Tensor, table: Tensor, *rest: Any, **options: Any
-    ) -> Tensor:
-        return _chosen("rowops", table).embed(ids, position_ids, table, *rest, **options)
+    def _embed(self, ids: Tensor, position_ids: Tensor, table: Tensor, *rest: Any) -> Tensor:
+        return _chosen("rowops", table)._embed(ids, position_ids, table, *rest)
 
-    def add_norm(self, h: Tensor, y: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        return _chosen("rowops", y).add_norm(h, y, *rest, **options)
+    def _add_norm(self, h: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return _chosen("rowops", y)._add_norm(h, y, *rest)
 
-    def bias_act(self, u: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return _chosen("rowops", u).bias_act(u, *rest, **options)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def _bias_act(self, u: Tensor, *rest: Any) -> Tensor:
+        return _chosen("rowops", u)._bias_act(u, *rest)
 
 
 class Mps(Adapter):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttx.ops.contract import Adapter, Spans
-from fasttx.ops.dropout import NO_DROPOUT, Dropout, attention_keep, keep_scale, require_seed
+from fasttx.ops.contract import Adapter, Attend
+from fasttx.ops.dropout import attention_keep, keep_scale, require_seed
 from fasttx.ops.padded import gather_rows, padded_rows, scatter_rows
 from fasttx.ops.plain import PlainOperations
 
@@ -44,13 +44,11 @@ class _Attention(torch.autograd.Function):
     """q, k, v (B, H, L, D), zeros past each end -> (B, H, L, D)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, t: int, seed: Tensor | None,
-        causal: bool, scale: float,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: Attend) -> Tensor:
+        t, seed, _ = how.dropout
         wide = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            weights = _weights(q.to(wide), k.to(wide), seq_lens, causal, scale)
+            weights = _weights(q.to(wide), k.to(wide), how.spans.lens, how.causal, how.scale)
             dropped = weights
             if t:
                 b, h, n, _ = weights.shape
@@ -58,7 +56,7 @@ class _Attention(torch.autograd.Function):
                 dropped = torch.where(keep, weights * keep_scale(t), 0.0)
             out = (dropped @ v.to(wide)).to(q.dtype)
         ctx.save_for_backward(q, k, v, weights, dropped if t else None, out)
-        ctx.scale = scale
+        ctx.scale = how.scale
         return out
 
     @staticmethod
@@ -75,29 +73,16 @@ class _Attention(torch.autograd.Function):
             dscores.addcmul_(weights, delta, value=-1)
             dq = (dscores @ k.to(wide)).mul_(ctx.scale)
             dk = (dscores.transpose(-1, -2) @ q.to(wide)).mul_(ctx.scale)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 class LeanOperations(PlainOperations):
     """Attention is differentiable once; every device and dtype."""
 
-    def attention_qkv(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spans: Spans,
-        dropout: Dropout = NO_DROPOUT,
-        *,
-        causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        index = padded_rows(spans.starts, spans.lens, spans.max_seqlen, len(q))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attend) -> Tensor:
+        index = padded_rows(how.spans, len(q))
         q_, k_, v_ = (gather_rows(x, index) for x in (q, k, v))
-        out = _Attention.apply(
-            q_, k_, v_, spans.lens, dropout.threshold, dropout.seed, causal, scale
-        )
+        out = _Attention.apply(q_, k_, v_, how)
         return scatter_rows(out, index, len(q))
 
 
