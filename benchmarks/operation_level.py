@@ -18,7 +18,7 @@ from workload import Setting, make_batches
 
 from fasttx.ops.contract import Operations
 from fasttx.ops.dropout import Dropout
-from fasttx.ops.plain import PlainOperations
+from fasttx.ops.reference import ReferenceOperations
 from fasttx.ops.registry import Backend
 from fasttx.testing import RowCase
 from fasttx.text.packing import PackedBatch
@@ -33,8 +33,8 @@ TIMED = {
 }
 
 
-class TorchOperations(PlainOperations):
-    """The peer: plain torch, with torch's own dropout."""
+class TorchOperations(ReferenceOperations):
+    """The peer: plain torch, with torch's own dropout. Its attention is not timed."""
 
     def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
         return F.dropout(x, dropout.p) if dropout.p else x

@@ -59,14 +59,14 @@ def test_an_unavailable_backend_gives_its_reasons(fake_backend, make):
         make().enter("fasttx-fake")
 
 
-def other_scale(self, *args, **options):
-    return ReferenceOperations.attention_qkv(self, *args, **{**options, "scale": 0.3})
+def other_scale(self, q, k, v, how):
+    return ReferenceOperations._attend(self, q, k, v, how._replace(scale=0.3))
 
 
-def without_last_keys(self, q, k, v, spans, *args, **options):
+def without_last_keys(self, q, k, v, how):
     """Each text of two rows or more loses its last one."""
-    spans = spans._replace(lens=spans.lens - (spans.lens > 1).int())
-    return ReferenceOperations.attention_qkv(self, q, k, v, spans, *args, **options)
+    spans = how.spans._replace(lens=how.spans.lens - (how.spans.lens > 1).int())
+    return ReferenceOperations._attend(self, q, k, v, how._replace(spans=spans))
 
 
 def without_bias(self, h, y, bias, *args, **options):
@@ -82,9 +82,7 @@ def other_activation(self, u, bias, dropout, activation):
 
 
 WRONG = (other_scale, without_last_keys, without_bias, other_epsilon, other_activation)
-PLACES = dict(
-    zip(WRONG, ("attention_qkv", "attention_qkv", "add_norm", "add_norm", "bias_act"), strict=True)
-)
+PLACES = dict(zip(WRONG, ("_attend", "_attend", "add_norm", "add_norm", "bias_act"), strict=True))
 over_wrong = pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
 
 
@@ -100,7 +98,7 @@ def test_a_model_of_a_wrong_operation_is_not_timed(fake_backend, make, wrong):
 def test_a_wrong_operation_is_not_timed(fake_backend, wrong):
     place = PLACES[wrong]
     fake_backend(**{place: wrong})
-    made = attention() if place == "attention_qkv" else operation(place)
+    made = attention() if place == "_attend" else operation(place)
     with pytest.raises(AssertionError, match="fasttx-fake: .* off"):
         made.enter("fasttx-fake")
 
@@ -116,10 +114,10 @@ class WrongGradient(torch.autograd.Function):
 
 
 def test_wrong_gradients_are_not_timed(fake_backend):
-    def attention_qkv(self, *args, **options):
-        return WrongGradient.apply(ReferenceOperations.attention_qkv(self, *args, **options))
+    def attend(self, *args):
+        return WrongGradient.apply(ReferenceOperations._attend(self, *args))
 
-    fake_backend(attention_qkv=attention_qkv)
+    fake_backend(_attend=attend)
     with pytest.raises(AssertionError, match="fasttx-fake: dq is .* off"):
         attention().enter("fasttx-fake")
     with pytest.raises(AssertionError, match="fasttx-fake: dembedding is .* off"):
@@ -127,13 +125,13 @@ def test_wrong_gradients_are_not_timed(fake_backend):
     attention(backward=False).enter("fasttx-fake")
 
 
-def drop_nothing(self, q, k, v, spans, dropout=NO_DROPOUT, **options):
-    return ReferenceOperations.attention_qkv(self, q, k, v, spans, **options)
+def drop_nothing(self, q, k, v, how):
+    return ReferenceOperations._attend(self, q, k, v, how._replace(dropout=NO_DROPOUT))
 
 
 @pytest.mark.parametrize("dropout", ["shared", "torch"])
 def test_a_contestant_that_drops_nothing_is_not_timed(fake_backend, dropout):
-    fake_backend(dropout=dropout, attention_qkv=drop_nothing, drop=lambda self, x, dropout: x)
+    fake_backend(dropout=dropout, _attend=drop_nothing, drop=lambda self, x, dropout: x)
     attention(p=0.0).enter("fasttx-fake")
     for make in MAKERS:
         with pytest.raises(AssertionError, match="dropout is asked for and changes nothing"):
@@ -145,14 +143,14 @@ def with_next_seed(dropout):
 
 
 def test_shared_masks_have_to_be_the_contract_s(fake_backend):
-    def attention_qkv(self, q, k, v, spans, dropout=NO_DROPOUT, **options):
-        dropout = with_next_seed(dropout)
-        return ReferenceOperations.attention_qkv(self, q, k, v, spans, dropout, **options)
+    def attend(self, q, k, v, how):
+        how = how._replace(dropout=with_next_seed(how.dropout))
+        return ReferenceOperations._attend(self, q, k, v, how)
 
     def drop(self, x, dropout):
         return ReferenceOperations.drop(self, x, with_next_seed(dropout))
 
-    fake_backend(attention_qkv=attention_qkv, drop=drop)
+    fake_backend(_attend=attend, drop=drop)
     for make in (attention, operation):
         with pytest.raises(AssertionError, match="fasttx-fake, with dropout: out is"):
             make().enter("fasttx-fake")

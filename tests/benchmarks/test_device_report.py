@@ -60,12 +60,12 @@ def test_device_report_goes_on_after_a_failure(capsys):
 
 
 def test_device_report_measures_errors(fake_backend):
-    def attention_qkv(self, *args, **options):
-        return 1.001 * ReferenceOperations.attention_qkv(self, *args, **options)
+    def attend(self, *args):
+        return 1.001 * ReferenceOperations._attend(self, *args)
 
     cases = (*device_report.ATTENTION[:1], *quick_cases(head_dim=32))
     report = device_report.Report(seconds=60)
-    device_report.errors(report, fake_backend(attention_qkv=attention_qkv), cases, CPU)
+    device_report.errors(report, fake_backend(_attend=attend), cases, CPU)
     device_report.errors(report, BACKENDS["reference"], cases, CPU)
     assert "TOO FAR: float32 odd, causal: out" in report.lines[0]
     assert "TOO FAR" not in report.lines[1] and "bfloat16 " in report.lines[1]
