@@ -18,10 +18,10 @@ def forward(
     max_seqlen: int, threshold: int, seed: Tensor | None, causal: bool, scale: float,
 ) -> None:  # fmt: skip
     _zero(out, lse)
-    _launch(
-        {"attention_forward": (q, k, v, out, lse, starts, lens)}, (q, k, v, out),
-        lens, max_seqlen, threshold, seed, causal, scale,
-    )  # fmt: skip
+    kernels: dict[str, tuple[Tensor, ...]] = {
+        "attention_forward": (q, k, v, out, lse, starts, lens)
+    }
+    _launch(kernels, (q, k, v, out), lens, max_seqlen, threshold, seed, causal, scale)
 
 
 def backward(
@@ -31,7 +31,7 @@ def backward(
 ) -> None:  # fmt: skip
     _zero(dq, dk, dv)
     delta = torch.empty_like(lse)
-    kernels = {
+    kernels: dict[str, tuple[Tensor, ...]] = {
         "attention_dq": (q, k, v, out, dout, dq, lse, delta, starts, lens),
         "attention_dkdv": (q, k, v, dout, dk, dv, lse, delta, starts, lens),
     }

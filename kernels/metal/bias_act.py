@@ -27,6 +27,7 @@ def backward(
     rows, columns = dout.shape
     sums = dbias.new_empty(parts(rows), columns)
     seen = u if gelu else out
+    assert seen is not None
     bias = dbias if bias is None else bias  # not read by relu, but something must be bound
     launch(
         "bias_act_backward", FILES, (dout, seen, bias, du, sums), threshold, seed,

@@ -38,8 +38,10 @@ def source(*files: str, **defined: torch.dtype | int) -> str:
         "using namespace metal;",
     ]
     for name, value in defined.items():
-        number = isinstance(value, int)
-        head.append(f"#define {name} {value}" if number else f"typedef {ELEMENTS[value]} {name};")
+        if isinstance(value, int):
+            head.append(f"#define {name} {value}")
+        else:
+            head.append(f"typedef {ELEMENTS[value]} {name};")
     texts = ((HERE / f"{file}.metal").read_text(encoding="ascii") for file in files)
     return "\n".join([*head, *texts])
 
