@@ -1,5 +1,5 @@
 """What `fasttx.ops.fused` makes of kernels, for each backend that has them and runs here: operators
-that keep torch's rules, derivatives that are right or refused, arguments that are checked.
+that keep torch's rules, and derivatives that are right or refused.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasttx.ops.contract import Spans
-from fasttx.ops.dropout import NO_DROPOUT
 from fasttx.ops.fused import FusedOperations
 from fasttx.testing import AttentionCase, Case, RowCase, dropout_of
 from tests import backends
@@ -157,61 +155,6 @@ def test_forward_mode_derivatives_of_rows_are_right_or_refused(target, case):
     )
     for found, a, b in zip(derive(), ahead, behind, strict=True):
         torch.testing.assert_close(found, (a - b) / (2 * step), rtol=2e-2, atol=2e-2)
-
-
-# --------------------------------------------------------------------------------------- arguments
-
-
-@over_fused
-def test_shapes_that_do_not_fit_are_refused(target):
-    """Kernels see addresses: they would read past the end."""
-    ops, x = target.operations, torch.zeros(4, 8, device=target.device)
-    q, ids, bias = x.view(4, 1, 8), torch.zeros(4, device=target.device).int(), x[0]
-    spans = AttentionCase("one", (4,)).spans(target.device)
-    for refused, message in (
-        (lambda: ops.attention(torch.stack([q, q], 1), spans), r"qkv has shape \(4, 2, 1, 8\)"),
-        (lambda: ops.attention_qkv(q, q[:3], q, spans), r"q, k, v have shapes .*three equal"),
-        (lambda: ops.embed(ids, ids[:3], x, x, NO_DROPOUT, 1.0), r"ids and position_ids"),
-        (lambda: ops.embed(ids, ids, x, x[:, :7], NO_DROPOUT, 1.0), r"table and positions"),
-        (lambda: ops.add_norm(x, x[:3], bias, bias, bias, NO_DROPOUT), r"h and y have shapes"),
-        (lambda: ops.add_norm(x, x, bias, bias[:7], bias, NO_DROPOUT), r"gamma has shape \(7,\)"),
-        (lambda: ops.bias_act(x, bias[:7], NO_DROPOUT, "relu"), r"bias has shape \(7,\)"),
-        (lambda: ops.bias_act(q, bias, NO_DROPOUT, "relu"), r"u has shape \(4, 1, 8\)"),
-        (lambda: ops.bias_act(x, bias, NO_DROPOUT, "swish"), "'swish'; expected one of relu, gelu"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            refused()
-
-
-@over_fused
-def test_tensors_of_two_devices_are_refused(target):
-    ops, x = target.operations, torch.zeros(4, 8, device=target.device)
-    qkv, ids = x.view(4, 1, 1, 8).expand(4, 3, 1, 8), torch.zeros(4, device=target.device).int()
-    far, elsewhere = x.to("meta"), AttentionCase("one", (4,)).spans("meta")
-    seed = dropout_of(0.5, "meta")
-    here = AttentionCase("one", (4,)).spans(target.device)
-    for refused in (
-        lambda: ops.attention(qkv, elsewhere),
-        lambda: ops.attention(qkv, here, seed),
-        lambda: ops.attention_qkv(qkv[:, 0], qkv[:, 1].to("meta"), qkv[:, 2], here),
-        lambda: ops.embed(ids, ids.to("meta"), x, x, NO_DROPOUT, 1.0),
-        lambda: ops.add_norm(x, far, x[0], x[0], x[0], NO_DROPOUT),
-        lambda: ops.bias_act(x, far[0], NO_DROPOUT, "relu"),
-        lambda: ops.bias_act(x, x[0], seed, "relu"),
-    ):
-        with pytest.raises(ValueError, match="and meta; expected one device for all"):
-            refused()
-
-
-@over_fused
-def test_spans_with_strides(target):
-    """Kernels read starts and lens as dense."""
-    case = AttentionCase("pairs", (3, 1, 4), starts=(5, 0, 1), rows=9)
-    qkv, device = case.inputs(torch.float32)[0].to(target.device), target.device
-    pairs = torch.tensor(case.pairs, dtype=torch.int32, device=device)
-    out = target.operations.attention(qkv, Spans(*pairs.unbind(1), 4))
-    dense = Spans(*(x.contiguous() for x in pairs.unbind(1)), 4)
-    assert torch.equal(out, target.operations.attention(qkv, dense))
 
 
 @over_fused
