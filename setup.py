@@ -119,6 +119,7 @@ tools = [
     "kernels>=0.9",
     "libclang>=18",  # type-checks the Metal sources
     "mypy>=1.13",
+    "peft>=0.14",  # its adapters are layers that a model must honour
     "pytest-xdist>=3.5",
     "ruff>=0.9",
     "setuptools>=77",

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasttx.ops.dropout import NO_DROPOUT, Dropout
+from fasttx.ops.dropout import NO_DROPOUT, Dropout, require_seed
 
 LAYER_NORM_EPS = 1e-5
 ACTIVATIONS = ("relu", "gelu")
@@ -114,7 +114,7 @@ class Operations(ABC):
         """
         if qkv.dim() != 4 or qkv.shape[1] != 3:
             raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (T, 3, H, D)")
-        _check_device(qkv, spans.starts, spans.lens, dropout.seed)
+        _check_site(dropout, qkv, spans.starts, spans.lens)
         scale = qkv.shape[-1] ** -0.5 if scale is None else scale
         return self._attend_packed(qkv, Attend(spans, dropout, causal, scale))
 
@@ -126,7 +126,7 @@ class Operations(ABC):
         if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
             shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
             raise ValueError(f"q, k, v have shapes {shapes}; expected three equal (T, H, D)")
-        _check_device(q, k, v, spans.starts, spans.lens, dropout.seed)
+        _check_site(dropout, q, k, v, spans.starts, spans.lens)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return self._attend(q, k, v, Attend(spans, dropout, causal, scale))
 
@@ -146,7 +146,7 @@ class Operations(ABC):
             raise ValueError(
                 f"table and positions have shapes {shapes}; expected (V, d) and (longest, d)"
             )
-        _check_device(table, ids, position_ids, positions, dropout.seed)
+        _check_site(dropout, table, ids, position_ids, positions)
         return self._embed(ids, position_ids, table, positions, dropout, scale)
 
     def add_norm(
@@ -162,7 +162,7 @@ class Operations(ABC):
             raise ValueError(f"h and y have shapes {shapes}; expected two equal (T, d)")
         for name, x in (("bias", bias), ("gamma", gamma), ("beta", beta)):
             _check_vector(name, x, h.shape[1])
-        _check_device(h, y, bias, gamma, beta, dropout.seed)
+        _check_site(dropout, h, y, bias, gamma, beta)
         return self._add_norm(h, y, bias, gamma, beta, dropout, eps)
 
     def bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
@@ -174,7 +174,7 @@ class Operations(ABC):
         if u.dim() != 2:
             raise ValueError(f"u has shape {tuple(u.shape)}; expected (T, d)")
         _check_vector("bias", bias, u.shape[1])
-        _check_device(u, bias, dropout.seed)
+        _check_site(dropout, u, bias)
         return self._bias_act(u, bias, dropout, activation)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -211,10 +211,13 @@ def _check_vector(name: str, x: Tensor, columns: int) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({columns},)")
 
 
-def _check_device(first: Tensor, *others: Tensor | None) -> None:
+def _check_site(dropout: Dropout, first: Tensor, *others: Tensor) -> None:
+    """A seed where something is dropped, and one device for all tensors."""
+    if dropout.threshold:
+        others = (*others, require_seed(dropout.seed))
     device = first.device
     for x in others:
-        if x is not None and x.device != device:
+        if x.device != device:
             raise ValueError(f"tensors lie on {device} and {x.device}; expected one device for all")
 
 

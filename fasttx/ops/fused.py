@@ -498,4 +498,4 @@ def _flat(how: Attend) -> tuple[Any, ...]:
 
 def _spans(options: tuple[Any, ...]) -> tuple[Any, ...]:
     starts, lens, *rest = options
-    return (starts.contiguous(), lens.contiguous(), *rest)
+    return (starts.int().contiguous(), lens.int().contiguous(), *rest)

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fasttx import testing
 from fasttx.errors import MetalError
 from fasttx.ops import reference
-from fasttx.ops.contract import Operations, Spans
-from fasttx.ops.dropout import Dropout
+from fasttx.ops.contract import Attend, Operations, Spans
+from fasttx.ops.dropout import NO_DROPOUT, Dropout
 from fasttx.ops.mps import adapter as mps
 from fasttx.ops.mps import check as mps_check
 from fasttx.ops.mps import choice, lean
@@ -175,17 +175,18 @@ def test_lean_on_request(monkeypatch):
 def test_the_lean_path_meets_few_sizes(monkeypatch, max_seqlen, rounded):
     """And the results are those of the true length."""
     monkeypatch.setenv("FASTTX_MPS", "lean")
-    spans = SPANS._replace(max_seqlen=max_seqlen)
-    operations, found = mps._chosen_attention(torch.zeros(9, 3, 2, 16), spans)
+    how = Attend(SPANS._replace(max_seqlen=max_seqlen), NO_DROPOUT, False, 1.0)
+    operations, found = mps._chosen_attention(torch.zeros(9, 3, 2, 16), how)
     assert operations is lean.adapter.operations
-    assert found.max_seqlen == rounded and found.lens is spans.lens
+    assert found.spans.max_seqlen == rounded and found.spans.lens is SPANS.lens
 
 
 @needs_emulator
 def test_metal_is_given_the_length_as_it_is(timed):
-    operations, found = mps._chosen_attention(torch.zeros(9, 3, 2, 16), SPANS)
+    how = Attend(SPANS, NO_DROPOUT, False, 1.0)
+    operations, found = mps._chosen_attention(torch.zeros(9, 3, 2, 16), how)
     assert operations is not lean.adapter.operations
-    assert found is SPANS
+    assert found is how
 
 
 def test_a_report_holds_the_choices(monkeypatch):
