@@ -90,8 +90,8 @@ def attention(
     tile = tiles.tile(way, BITS[dtype], head_dim, max_seqlen)
     constants = {
         "D": head_dim, "BLOCK_D": tiles.padded_head_dim(head_dim),
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WHOLE": tile.whole,
-        "CAUSAL": causal, "DROPOUT": dropout, "PRECISION": precision,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "CAUSAL": causal, "DROPOUT": dropout, "PRECISION": precision, "WHOLE": tile.whole,
     }  # fmt: skip
     name = f"attention_{way}"
     return _configuration(name, name, dtype, constants, tile.num_warps, tile.num_stages)

@@ -194,17 +194,14 @@ def test_a_training_step_equals_the_reference_s(triton):
 # ----------------------------------------------------------------------------------- at the edges
 
 
-@pytest.mark.parametrize("sequences", [32, 33, 64, 65, 300])
-def test_more_sequences_than_a_program_looks_at_together(triton, sequences):
+@pytest.mark.parametrize("sequences", [33, 65])
+def test_more_sequences_than_a_program_looks_at_together(sequences):
     """Which rows are dead is found out from 32 sequences at a time; each has a gap behind it."""
-    lens = [1 + i % 3 for i in range(sequences)]
-    starts = [4 * i + 1 for i in range(sequences)]
-    for order in (1, -1):  # the last sequence is that of the last rows, or of the first
-        case = AttentionCase(
-            "many", tuple(lens[::order]), 1, 8, starts=tuple(starts[::order]),
-            rows=4 * sequences + 1, dead=float("nan"),
-        )  # fmt: skip
-        check(Target(BACKENDS["triton"], "cpu"), case, torch.float32, 0.1)
+    lens = tuple(1 + i % 3 for i in range(sequences))
+    starts = tuple(4 * i + 1 for i in range(sequences))
+    rows, nan = 4 * sequences + 1, float("nan")
+    case = AttentionCase("many", lens, 1, 8, starts=starts, rows=rows, dead=nan)
+    check(Target(BACKENDS["triton"], "cpu"), case, torch.float32, 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
