@@ -43,7 +43,7 @@ def check_torch_dropout(operations: Operations, packed: bool, device: str, causa
     qkv, grad = case.inputs(torch.float32)
     for s, n in case.pairs:
         qkv[s : s + n, 2] = torch.eye(n, 64)[:, None]
-    dropout, spans = Dropout(Dropout.of(P, torch.tensor(0)).threshold, None, P), case.spans(device)
+    dropout, spans = Dropout.of(P, torch.tensor(0)), case.spans(device)
     out, dqkv = backends.run(
         lambda x: call(operations, x, packed, spans, dropout, causal=causal),
         grad.to(device), qkv.to(device),
