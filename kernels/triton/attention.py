@@ -24,7 +24,7 @@ def forward(
     blocks = triton.cdiv(max_seqlen, tile.block_m)
     _launch(
         attention_forward, blocks, tile, (q, k, v, out), lse, starts, lens, max_seqlen, threshold,
-        seed, causal, scale,
+        seed, causal, scale * LOG2_E,
     )  # fmt: skip
 
 
@@ -39,14 +39,14 @@ def backward(
         blocks += triton.cdiv(max_seqlen, tile.block_m)
     _launch(
         attention_backward, blocks, tile, (q, k, v, out, dout, dq, dk, dv), lse, starts, lens,
-        max_seqlen, threshold, seed, causal, scale,
+        max_seqlen, threshold, seed, causal, scale * LOG2_E, scale,
     )  # fmt: skip
 
 
 def _launch(
     kernel: Any, blocks: int, tile: tiles.Tile, tensors: tuple[Tensor, ...], lse: Tensor,
     starts: Tensor, lens: Tensor, max_seqlen: int, threshold: int, seed: Tensor | None,
-    causal: bool, scale: float,
+    causal: bool, *scales: float,
 ) -> None:  # fmt: skip
     """So many blocks for each head of each sequence, then those that look for dead rows."""
     rows, heads, head_dim = tensors[0].shape
@@ -55,7 +55,7 @@ def _launch(
     with torch.cuda.device_of(lse):
         kernel[(programs,)](
             *tensors, *strides, lse, starts, lens, len(lens), heads, rows, max_seqlen, threshold,
-            seed, keep_scale(threshold), scale * LOG2_E,
+            seed, keep_scale(threshold), *scales,
             D=head_dim, BLOCK_D=tiles.padded_head_dim(head_dim), BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n, WHOLE=tile.whole, CAUSAL=causal, DROPOUT=threshold > 0,
             PRECISION=dot_precision(tensors[0].dtype), num_warps=tile.num_warps,

@@ -7,14 +7,13 @@ factors: P = softmax(scale Q K'), O = (P o Z) V, and so (FlashAttention-2, Dao 2
 
 with delta = rowsum(dO o O), P recomputed from lse, the mask drawn again. Tiles are keys x queries,
 so that P' and dS' are first operands of a product straight from registers. Exponents are base 2, as
-in the forward pass: qk_scale is scale * log2(e).
+in the forward pass: qk_scale is scale * log2(e), and made of it here scale would cost a spill.
 """
 
 import triton
 import triton.language as tl
 from fasttx.kernels.triton.device import (
     DEAD_ROWS,
-    LN_2,
     LOG2_E,
     SIZES,
     attention_keep,
@@ -55,7 +54,7 @@ def _weights_and_gradients(
 @triton.jit
 def _keys(
     q, k, v, out, dout, dq, dk, dv, q_row, k_row, v_row, out_row, dout_row, dq_row, dk_row, dv_row,
-    lse, sequence, head, first_key, length, threshold, seed, keep_scale, qk_scale,
+    lse, sequence, head, first_key, length, threshold, seed, keep_scale, qk_scale, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +62,6 @@ def _keys(
     keys = first_key + tl.arange(0, BLOCK_N)
     k_tile = load_rows(k, keys, k_row, length, D, BLOCK_D)
     v_tile = load_rows(v, keys, v_row, length, D, BLOCK_D)
-    scale = qk_scale * LN_2
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     begin = 0
@@ -93,8 +91,8 @@ def _keys(
 
 @triton.jit
 def _queries(
-    q, k, v, out, dout, dq, q_row, k_row, v_row, out_row, dout_row, dq_row,
-    lse, sequence, head, first_query, length, threshold, seed, keep_scale, qk_scale,
+    q, k, v, out, dout, dq, q_row, k_row, v_row, out_row, dout_row, dq_row, dq_head, start, wide,
+    lse, sequence, head, first_query, length, threshold, seed, keep_scale, qk_scale, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -120,14 +118,16 @@ def _queries(
         )  # fmt: skip
         ds = tl.trans(ds.to(k_tile.dtype))
         dq_tile = tl.dot(ds, k_tile, dq_tile, input_precision=PRECISION)
-    store_rows(dq, dq_tile * (qk_scale * LN_2), queries, dq_row, length, D, BLOCK_D)
+    # Not before: the address would hold registers through all products.
+    dq += start * dq_row + wide * dq_head
+    store_rows(dq, dq_tile * scale, queries, dq_row, length, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward(
     q, k, v, out, dout, dq, dk, dv, q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
-    dout_row, dout_head, dq_row, dq_head, dk_row, dk_head, dv_row, dv_head,
-    lse, starts, lens, sequences, heads, rows, max_seqlen, threshold, seed, keep_scale, qk_scale,
+    dout_row, dout_head, dq_row, dq_head, dk_row, dk_head, dv_row, dv_head, lse, starts, lens,
+    sequences, heads, rows, max_seqlen, threshold, seed, keep_scale, qk_scale, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +155,8 @@ def attention_backward(
     v += start * v_row + wide * v_head
     out += start * out_row + wide * out_head
     dout += start * dout_row + wide * dout_head
-    dq += start * dq_row + wide * dq_head
+    if WHOLE:
+        dq += start * dq_row + wide * dq_head
     dk += start * dk_row + wide * dk_head
     dv += start * dv_row + wide * dv_head
     lse += wide * rows + start
@@ -165,13 +166,13 @@ def attention_backward(
         _keys(
             q, k, v, out, dout, dq, dk, dv, q_row, k_row, v_row, out_row, dout_row, dq_row, dk_row,
             dv_row, lse, sequence, head, first_key, length, threshold, seed, keep_scale, qk_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, WHOLE, CAUSAL, DROPOUT, PRECISION,
+            scale, D, BLOCK_D, BLOCK_M, BLOCK_N, WHOLE, CAUSAL, DROPOUT, PRECISION,
         )  # fmt: skip
     if not WHOLE:
         first_query = (block - key_blocks) * BLOCK_M
         if (block >= key_blocks) & (first_query < length):
             _queries(
-                q, k, v, out, dout, dq, q_row, k_row, v_row, out_row, dout_row, dq_row,
-                lse, sequence, head, first_query, length, threshold, seed, keep_scale, qk_scale,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION,
+                q, k, v, out, dout, dq, q_row, k_row, v_row, out_row, dout_row, dq_row, dq_head,
+                start, wide, lse, sequence, head, first_query, length, threshold, seed, keep_scale,
+                qk_scale, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, DROPOUT, PRECISION,
             )  # fmt: skip

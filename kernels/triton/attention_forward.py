@@ -117,8 +117,6 @@ def attention_forward(
     q += start * q_row + wide * q_head
     k += start * k_row + wide * k_head
     v += start * v_row + wide * v_head
-    out += start * out_row + wide * out_head
-    lse += wide * rows + start
 
     queries = first_query + tl.arange(0, BLOCK_M)
     q_tile = load_rows(q, queries, q_row, length, D, BLOCK_D)
@@ -134,5 +132,8 @@ def attention_forward(
         )  # fmt: skip
     # By the sum of a row and by the probability of being kept: once an output, not once a weight.
     acc = acc * (keep_scale / sum_)[:, None]
+    # Not before: these addresses would hold registers through all products.
+    out += start * out_row + wide * out_head
+    lse += wide * rows + start
     store_rows(out, acc, queries, out_row, length, D, BLOCK_D)
     tl.store(lse + queries, (highest + tl.log2(sum_)) * LN_2, mask=queries < length)
