@@ -19,12 +19,14 @@ from fasttx.ops.dropout import Dropout
 from fasttx.testing import AttentionCase, dropout_of, measure
 from fasttx.testing.attention import BY_NAME, CASES, EMPTY_CASES, attend
 from tests import backends
-from tests.backends import HALVES, check, over_backends
+from tests.backends import HALVES, INTERPRETED, check, over_backends
 
 pytestmark = backends.POISONED
 
 PACKED_AND_APART = (True, False)
 ODD = BY_NAME["odd"]
+# The interpreter takes minutes over many sequences, which test_triton_interpreted has once.
+USUAL = [case for case in CASES if not INTERPRETED or len(case.lens) <= 32]
 over_causal = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 over_entries = pytest.mark.parametrize("packed", PACKED_AND_APART, ids=["packed", "apart"])
 
@@ -32,7 +34,7 @@ over_entries = pytest.mark.parametrize("packed", PACKED_AND_APART, ids=["packed"
 def over_cases(*names: str, causal: tuple[str, ...] | None = None) -> pytest.MarkDecorator:
     """Parametrise by `case`: each full and causal, or only those named by `causal` so."""
     chosen = []
-    for case in [BY_NAME[name] for name in names] or CASES:
+    for case in [BY_NAME[name] for name in names] or USUAL:
         for is_causal in (False, True):
             if causal is None or is_causal == (case.name in causal):
                 name = f"{case.name}-{'causal' if is_causal else 'full'}"
