@@ -2,9 +2,9 @@
 
 Shapes: T tokens of a packed batch (rows), B sequences, H heads, D head_dim, d columns, V words.
 
-To add a backend, write an `Adapter` in a file of this folder and a line in `registry.BACKENDS`. Its
-operations either follow `plain.PlainOperations` (tensor algebra, torch's autograd) or are made of
-launchers by `fused.FusedOperations`, which adds everything that is the same for all kernels.
+To add a backend, write an `Adapter` in a file of this folder and an entry of the table in
+`registry`. Its operations either follow `plain.PlainOperations` (tensor algebra, torch's autograd)
+or are made of launchers by `fused.FusedOperations`, which adds what is the same for all kernels.
 """
 
 from __future__ import annotations

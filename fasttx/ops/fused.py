@@ -1,8 +1,8 @@
 """From launchers of kernels to the operations of a backend: everything that is the same for all.
 
-Launchers read and write real tensors. Here stand the checks of their arguments, the dtypes that
-kernels do not store, the operators `torch.ops.fasttx_<name>.*` with shapes for tensors without data
-(torch.compile, export), their derivatives, and the refusal of derivatives that kernels do not have.
+Launchers read and write real tensors. Here stand the dtypes that kernels do not store, the
+operators `torch.ops.fasttx_<name>.*` with shapes for tensors without data (torch.compile, export),
+their derivatives, and the refusal of those that kernels do not have. `contract` checks arguments.
 `torch.library.Library` is used directly: `custom_op` costs about twice as much a call.
 
 T rows, B sequences, H heads, D head_dim, d columns, V words. Dropout travels as `threshold` (its
