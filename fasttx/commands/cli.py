@@ -18,13 +18,25 @@ from fasttx.commands import (
     predict,
     pretrain,
     report,
+    verify,
 )
 from fasttx.errors import FasttxError
 from fasttx.training.trainer import Interrupted
 from fasttx.version import __version__
 
 # In the order of `fasttx --help`; each has `add_command`.
-COMMANDS = (backends, doctor, predict, pretrain, evaluate, report, explain, baseline, ensemble)
+COMMANDS = (
+    backends,
+    doctor,
+    predict,
+    pretrain,
+    evaluate,
+    report,
+    explain,
+    baseline,
+    ensemble,
+    verify,
+)
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from fasttx.load import load
 from fasttx.tasks import read_config
 from fasttx.text import splits as data
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder
+from fasttx.training.folder import RunFolder
 from fasttx.training.metrics import classification_metrics, format_metrics
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fasttx.config import PretrainConfig, TrainConfig
 from fasttx.errors import CheckpointError, ConfigError
-from fasttx.training.checkpoint import FORMAT, RunConfig, read_json
+from fasttx.training.checkpoint import FORMATS, RunConfig, read_json
+from fasttx.training.folder import Manifest
 from fasttx.training.task import Task
 
 
@@ -43,8 +44,17 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
     Raises CheckpointError for a file that is missing, damaged, or of another task.
     """
     values = read_json(path)
-    if values.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not the config.json of a fasttx run")
+    form = values.get("format")
+    if form not in FORMATS:
+        raise CheckpointError(
+            f"{path} is not the config.json of a fasttx run that this version reads: its format is "
+            f"{form!r}; expected {' or '.join(FORMATS)}. A newer fasttx may read it"
+        )
+    if form != FORMATS[0] and not Manifest(path.parent).exists():
+        raise CheckpointError(
+            f"{path.parent} has lost its manifest.json, so that its files cannot be checked. Bring "
+            f"it back; or, if you trust them as they are: fasttx verify {path.parent} --accept"
+        )
     found = values.get("task", "classification")  # the only one when the format was young
     entry = TASKS.get(found)
     if entry is None or found not in (tasks or TASKS):
@@ -63,6 +73,7 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
             values["dataset"],
             values["recipe"],
             found,
+            values.get("init_from_sha256"),
         )
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged or from another version: {error}") from error

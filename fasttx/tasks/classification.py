@@ -23,7 +23,8 @@ from fasttx.text.packing import PackedBatch, RaggedIds, pack
 from fasttx.text.reading import drop_words, read
 from fasttx.text.token_cache import encode_cached
 from fasttx.text.tokenizer import Tokenizer
-from fasttx.training.checkpoint import Progress, RunFolder
+from fasttx.training.checkpoint import Progress
+from fasttx.training.folder import RunFolder
 from fasttx.training.inference import predict_shared
 from fasttx.training.metrics import classification_metrics, format_metrics
 from fasttx.training.predictions import Predictions, PseudoLabels
@@ -198,7 +199,7 @@ def measured(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
     predictions = Predictions(predict_shared(run, model, test), test.labels)
     log.info("%s", format_metrics(predictions.metrics, run.config.label_names))
     if run.processes.main:
-        predictions.save(run.folder.test_predictions)
+        predictions.save(run.folder)
     found = predictions.metrics.to_dict()
     return {
         "test_accuracy": found["accuracy"],
