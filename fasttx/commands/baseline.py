@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from fasttx import device as devices
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.config import TrainConfig
 from fasttx.errors import CheckpointError
@@ -23,7 +23,7 @@ from fasttx.files import write_json_atomic
 from fasttx.models import bag_of_words
 from fasttx.tasks import TASKS, lstm, read_config
 from fasttx.text import splits as data
-from fasttx.text.labels import label_table
+from fasttx.text.labels import label_table, single_class_warning
 from fasttx.training import run as runs
 from fasttx.training.checkpoint import RunFolder, read_json
 from fasttx.training.metrics import Metrics, classification_metrics, format_metrics
@@ -34,7 +34,8 @@ ALL = (
     ("nbsvm", 3),
 )  # fmt: skip
 DATA_SETTINGS = (
-    "dataset text_column label_column train_samples test_samples seed split_seed"
+    "dataset text_column label_column train_samples test_samples subset_order allow_single_class "
+    "seed split_seed"
 ).split()
 
 
@@ -77,6 +78,7 @@ def measure_linear(
         "test_seconds": time.perf_counter() - fitted_at,
         "peak_memory_mb": devices.peak_memory_mb(cpu),
         "seed": config.seed,
+        "warning": single_class_warning(described["label_counts"]),
         "dataset": described,
         "config": {name: getattr(config, name) for name in DATA_SETTINGS},
         "versions": {**devices.versions(), "scikit-learn": version("scikit-learn")},
@@ -98,17 +100,20 @@ def _linear(args: argparse.Namespace) -> None:
     dataset = data.load(config)
     if not args.json:
         notes = [*source.notes, *dataset.notes]
-        print("\n".join([*notes, _fitted_on(dataset), _TABLE_HEAD]), flush=True)
+        terminal.say("\n".join([*notes, _fitted_on(dataset), _TABLE_HEAD]), flush=True)
     for (kind, ngrams), folder in zip(jobs, folders, strict=True):
         test, results = measure_linear(kind, ngrams, dataset, config)
         if folder:
             folder.path.mkdir(parents=True, exist_ok=True)
             write_json_atomic(folder.results, results)
-        print(json.dumps(results) if args.json else _table_line(results), flush=True)
+        if args.json:
+            terminal.say_json(results, flush=True)
+        else:
+            terminal.say(_table_line(results), flush=True)
     if not args.json and len(jobs) == 1:
-        print(f"\n{format_metrics(test, dataset.label_names)}")
+        terminal.say(f"\n{format_metrics(test, dataset.label_names)}")
         if not results["log_probabilities"]:
-            print("\nIts scores are margins, so loss and calibration error mean little.")
+            terminal.say("\nIts scores are margins, so loss and calibration error mean little.")
 
 
 def _folder(out: Path | None, name: str) -> RunFolder | None:
@@ -129,8 +134,11 @@ def _fitted_on(dataset: data.TextDataset) -> str:
         len(split.texts) for split in (dataset.train, dataset.validation, dataset.test)
     )
     counts = dataset.describe()["label_counts"]
+    warning = single_class_warning(counts)
     return (
-        f"{label_table(counts)}\n{dataset.name}: fitted on train and validation together, "
+        f"{label_table(counts)}\n"
+        + (f"{warning}\n" if warning else "")
+        + f"{dataset.name}: fitted on train and validation together, "
         f"{train + validation:,} texts, since nothing is chosen with the latter; tested on {test:,}"
     )
 
@@ -164,7 +172,7 @@ def _lstm(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             run = runs.create(task, config, source, lstm.RECIPE, args.out, processes)
         results = runs.train(run, quiet=args.json) if run else read_json(folder.results)
     if args.json:
-        print(json.dumps(results))
+        terminal.say_json(results)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -202,6 +210,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     """The settings that choose the splits, and where the results go."""
     for f in fields(TrainConfig):
         if f.name in DATA_SETTINGS:
-            flags.add_setting(parser, TrainConfig, f.name)
+            flags.add_setting(parser, TrainConfig, f.name, f.metadata["choices"])
     flags.add_json(parser, "JSON, one object a baseline")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json")
+    parser.add_argument("--out", type=flags.path, metavar="DIR", help="folder for results.json")

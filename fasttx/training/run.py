@@ -16,7 +16,7 @@ from torch import nn
 
 from fasttx import device as devices
 from fasttx.config import TrainConfig
-from fasttx.errors import CheckpointError
+from fasttx.errors import CheckpointError, Interrupted
 from fasttx.files import write_json_atomic
 from fasttx.text import splits as data
 from fasttx.text.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from fasttx.training.checkpoint import RunConfig, RunFolder, load_encoder
 from fasttx.training.distributed import Processes
 from fasttx.training.progress import ProgressDisplay, console, log_file
 from fasttx.training.task import Run, Task
-from fasttx.training.trainer import Interrupted, Trainer
+from fasttx.training.trainer import Trainer
 
 log = logging.getLogger("fasttx")
 
@@ -58,7 +58,7 @@ def create(
     Its tokenizer is made, and what was `auto` is settled. Raises FasttxError.
     """
     paths = {k: v for k in ("init_from", "pseudo_labels") if (v := getattr(config, k)) is not None}
-    paths = {name: os.path.abspath(path) for name, path in paths.items()}
+    paths = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items()}
     config = replace(config, dataset=source.name, **paths)
     loaded = task.load(config)
     for note in (*source.notes, *loaded.notes):
@@ -77,7 +77,8 @@ def create(
         folder.path.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder.tokenizer)
         saved.save(folder.config)
-    return Run(task, saved, folder, device, processes, loaded.examples(config, tokenizer))
+    splits = loaded.examples(config, tokenizer)
+    return Run(task, saved, folder, device, processes, splits, loaded.validation)
 
 
 def resume(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes) -> Run | None:
@@ -98,7 +99,7 @@ def resume(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes
             "now holds. Bring them back, or start a new run"
         )
     splits = loaded.examples(config, Tokenizer.load(folder.tokenizer))
-    return Run(task, saved, folder, device, processes, splits)
+    return Run(task, saved, folder, device, processes, splits, loaded.validation)
 
 
 def new_folder(out: Path | None, recipe: str, processes: Processes) -> RunFolder:
