@@ -54,7 +54,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
                 os.fsync(f.fileno())
             os.replace(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be gone; what went wrong is raised
+            temporary.unlink(missing_ok=True)
         raise
 
 

@@ -149,7 +149,7 @@ SAY = (
 )
 
 
-def shell(redirection: str, lines: object = ("a",), **environment: str):
+def shell(redirection: str, lines: object = "['a']", **environment: str):
     return subprocess.run(
         ["/bin/sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, SAY.format(lines=lines)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
@@ -158,7 +158,7 @@ def shell(redirection: str, lines: object = ("a",), **environment: str):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-@pytest.mark.parametrize("lines", [("a",), ["a" * 1000] * 100], ids=["at its end", "amid"])
+@pytest.mark.parametrize("lines", ["['a']", "['a' * 1000] * 100"], ids=["at its end", "amid"])
 def test_a_full_disk_behind_standard_output(lines) -> None:
     done = shell("> /dev/full", lines)
     assert done.returncode == 2
@@ -185,7 +185,7 @@ def test_closed_streams(redirection: str, status: int, said: str) -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    done = shell("| head -1 > /dev/null", ["a" * 1000] * 10_000)
+    done = shell("| head -1 > /dev/null", "['a' * 1000] * 10_000")
     assert done.stderr == b""
 
 
