@@ -11,6 +11,11 @@ class FasttxError(Exception):
     """The family: `except fasttx.FasttxError` catches them all."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM in a training: the run has been saved and can be resumed. No error, and not
+    of the family."""
+
+
 class ConfigError(FasttxError, ValueError):
     """A setting has a value that cannot work."""
 

@@ -63,12 +63,13 @@ def atomic_write(
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         # Not tempfile: its files are readable by their owner only, and so would `path` be.
-        with open(temporary, "xb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        announce(temporary)
-        os.replace(temporary, target)
+        with naming(path, temporary):
+            with open(temporary, "xb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            announce(temporary)
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):  # the folder may be gone; what went wrong is raised
             temporary.unlink(missing_ok=True)
@@ -84,6 +85,18 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path, temporary: str | Path = "") -> Iterator[None]:
+    """An OSError names `path`, where it names no file (a write that fails does not), or the
+    `temporary` one, which nobody has heard of."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or str(error.filename) == str(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def _remove_abandoned(target: Path) -> None:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from fasttx import device as devices
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.config import TrainConfig
 from fasttx.models import bag_of_words
 from fasttx.tasks import TASKS, lstm, read_config
 from fasttx.text import splits as data
-from fasttx.text.labels import label_table
+from fasttx.text.labels import label_table, single_class_warning
 from fasttx.training import run as runs
 from fasttx.training.checkpoint import read_json
 from fasttx.training.folder import RunFolder
@@ -34,7 +33,8 @@ ALL = (
     ("nbsvm", 3),
 )  # fmt: skip
 DATA_SETTINGS = (
-    "dataset text_column label_column train_samples test_samples seed split_seed"
+    "dataset text_column label_column train_samples test_samples subset_order allow_single_class "
+    "seed split_seed"
 ).split()
 
 
@@ -77,6 +77,7 @@ def measure_linear(
         "test_seconds": time.perf_counter() - fitted_at,
         "peak_memory_mb": devices.peak_memory_mb(cpu),
         "seed": config.seed,
+        "warning": single_class_warning(described["label_counts"]),
         "dataset": described,
         "config": {name: getattr(config, name) for name in DATA_SETTINGS},
         "versions": {**devices.versions(), "scikit-learn": version("scikit-learn")},
@@ -110,17 +111,20 @@ def _fit_linear(
     dataset = data.load(config)
     if not args.json:
         notes = [*source.notes, *dataset.notes]
-        print("\n".join([*notes, _fitted_on(dataset), _TABLE_HEAD]), flush=True)
+        terminal.say("\n".join([*notes, _fitted_on(dataset), _TABLE_HEAD]), flush=True)
     for (kind, ngrams), folder in zip(jobs, folders, strict=True):
         test, results = measure_linear(kind, ngrams, dataset, config)
         if folder:
             folder.write_json(folder.results, results)
             folder.close()
-        print(json.dumps(results) if args.json else _table_line(results), flush=True)
+        if args.json:
+            terminal.say_json(results, flush=True)
+        else:
+            terminal.say(_table_line(results), flush=True)
     if not args.json and len(jobs) == 1:
-        print(f"\n{format_metrics(test, dataset.label_names)}")
+        terminal.say(f"\n{format_metrics(test, dataset.label_names)}")
         if not results["log_probabilities"]:
-            print("\nIts scores are margins, so loss and calibration error mean little.")
+            terminal.say("\nIts scores are margins, so loss and calibration error mean little.")
 
 
 def _fitted_on(dataset: data.TextDataset) -> str:
@@ -128,8 +132,11 @@ def _fitted_on(dataset: data.TextDataset) -> str:
         len(split.texts) for split in (dataset.train, dataset.validation, dataset.test)
     )
     counts = dataset.describe()["label_counts"]
+    warning = single_class_warning(counts)
     return (
-        f"{label_table(counts)}\n{dataset.name}: fitted on train and validation together, "
+        f"{label_table(counts)}\n"
+        + (f"{warning}\n" if warning else "")
+        + f"{dataset.name}: fitted on train and validation together, "
         f"{train + validation:,} texts, since nothing is chosen with the latter; tested on {test:,}"
     )
 
@@ -163,7 +170,7 @@ def _lstm(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             run = runs.create(task, config, source, lstm.RECIPE, args.out, processes)
         results = runs.train(run, quiet=args.json) if run else read_json(folder.results)
     if args.json:
-        print(json.dumps(results))
+        terminal.say_json(results)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -201,6 +208,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     """The settings that choose the splits, and where the results go."""
     for f in fields(TrainConfig):
         if f.name in DATA_SETTINGS:
-            flags.add_setting(parser, TrainConfig, f.name)
+            flags.add_setting(parser, TrainConfig, f.name, f.metadata["choices"])
     flags.add_json(parser, "JSON, one object a baseline")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json")
+    parser.add_argument("--out", type=flags.path, metavar="DIR", help="folder for results.json")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +19,10 @@ import numpy as np
 import torch
 
 from fasttx import device as devices
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.errors import CheckpointError, ConfigError
-from fasttx.load import TextClassifier, load
+from fasttx.load import TextClassifier, checked_finite, load
 from fasttx.models import bag_of_words
 from fasttx.models.pool import Pool
 from fasttx.tasks import read_config
@@ -68,7 +68,8 @@ def _read_texts(
         logits = predict_logits(
             classifier.model, ids, classifier.device, batch_size=batch_size, precision=precision
         )
-        parts.append(mean_of_windows(logits, owner).double().numpy())
+        answers = checked_finite(mean_of_windows(logits, owner), texts[at : at + TEXTS_AT_A_TIME])
+        parts.append(answers.double().numpy())
         now, done = time.perf_counter(), min(at + TEXTS_AT_A_TIME, len(texts))
         if now - last >= SECONDS_BETWEEN_LINES:
             last, rate = now, done / (now - start)
@@ -109,7 +110,7 @@ def _open(args: argparse.Namespace) -> tuple[RunConfig, data.TextDataset, list[M
     found = [read_config(RunFolder(path).config, "classification") for path in args.run]
     first = found[0]
     for path, run in zip(args.run, found, strict=True):
-        if run.dataset["fingerprint"] != first.dataset["fingerprint"]:
+        if run.dataset.get("fingerprint") != first.dataset.get("fingerprint"):
             raise CheckpointError(
                 f"{path} was trained on other splits than {args.run[0]} ({run.dataset['name']}, "
                 f"seed {run.train.seed_of_splits}; {first.dataset['name']}, seed "
@@ -209,15 +210,13 @@ def _ensemble(args: argparse.Namespace) -> None:
         raise ConfigError("--pseudo-labels needs a folder to write them to: add --out DIR")
     if args.ngrams and not args.linear:
         raise ConfigError("--ngrams is about linear models, and there is none: add --linear KIND")
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch-size is {args.batch_size}; expected at least 1")
     if args.linear:
         bag_of_words.require_scikit_learn()
     keep = RunFolder(args.out).created() if args.out else contextlib.nullcontext()
     with keep as folder:
         results = _pooled(args, folder)
     if args.json:
-        print(json.dumps(results))
+        terminal.say_json(results)
 
 
 def _pooled(args: argparse.Namespace, folder: RunFolder | None) -> dict[str, Any]:
@@ -261,10 +260,9 @@ def add_command(commands: Any) -> None:
         "training split, by a fit on their validation split, and measure them together on the "
         "test split. With --pseudo-labels, the dataset's unlabelled texts are labelled, for "
         "train.py --pseudo-labels (self-training).",
-        formatter_class=flags.Formatter,
     )
     parser.add_argument(
-        "run", nargs="+", type=Path, metavar="RUN", help="run folders that train.py wrote"
+        "run", nargs="+", type=flags.path, metavar="RUN", help="run folders that train.py wrote"
     )
     parser.add_argument(
         "--linear",
@@ -284,6 +282,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--pseudo-labels", action="store_true", help="label the dataset's unlabelled texts too"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for results.json")
+    parser.add_argument("--out", type=flags.path, metavar="DIR", help="new folder for results.json")
     flags.add_inference(parser, "the runs'")
     parser.set_defaults(run_command=_ensemble)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from typing import Any
 
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.config import TrainConfig
 from fasttx.load import load
@@ -36,15 +36,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     metrics = classification_metrics(logits.numpy(), split.labels)
     if args.json:
         where = args.dataset or f"validation split of {args.run}"
-        print(json.dumps({"dataset": where, **metrics.to_dict()}))
+        terminal.say_json({"dataset": where, **metrics.to_dict()})
     else:
-        print(format_metrics(metrics, list(classifier.label_names)))
+        terminal.say(format_metrics(metrics, list(classifier.label_names)))
 
 
 def add_command(commands: Any) -> None:
-    parser = commands.add_parser(
-        "evaluate", help="measure a trained run on labelled texts", formatter_class=flags.Formatter
-    )
+    parser = commands.add_parser("evaluate", help="measure a trained run on labelled texts")
     flags.add_run(parser)
     flags.add_inference(parser)
     parser.add_argument(

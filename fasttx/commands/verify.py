@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.errors import CheckpointError
 from fasttx.training.folder import Manifest, RunFolder, problem_of
@@ -17,7 +18,7 @@ def _verify(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{folder.path} holds no file of a fasttx run")
     if args.accept:
         folder.seal()
-        print(f"{manifest.path}: {len(files)} files entered as they are now")
+        terminal.say(f"{manifest.path}: {len(files)} files entered as they are now")
         return 0
     if not manifest.exists():
         raise CheckpointError(
@@ -32,7 +33,7 @@ def _verify(args: argparse.Namespace) -> int:
     if not folder.results.exists() and folder.metrics.name not in entries:
         problems.pop(folder.metrics.name, None)
     for name, problem in sorted(problems.items()):
-        print(f"{name:22}  {problem or 'as it was written'}")
+        terminal.say(f"{name:22}  {problem or 'as it was written'}")
     return 2 if any(problems.values()) else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fasttx.config import PretrainConfig, TrainConfig
 from fasttx.errors import CheckpointError, ConfigError
@@ -56,7 +57,7 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
             f"it back; or, if you trust them as they are: fasttx verify {path.parent} --accept"
         )
     found = values.get("task", "classification")  # the only one when the format was young
-    entry = TASKS.get(found)
+    entry = TASKS.get(found) if isinstance(found, str) else None
     if entry is None or found not in (tasks or TASKS):
         advice = "It is from another version"
         if entry is not None:
@@ -65,11 +66,17 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
             f"{path.parent} is a run of {found}; expected {' or '.join(tasks or TASKS)}. {advice}"
         )
     try:
+        _check_values(values)
+        train = entry.settings.from_dict(values["train"])
+        names = tuple(values["label_names"])
+        classes = train.model.num_classes
+        if names and len(names) != classes:
+            raise ConfigError(f"it has {len(names)} label_names, and its model {classes} classes")
         return RunConfig(
-            entry.settings.from_dict(values["train"]),
+            train,
             values["attn_backend"],
             values["device"],
-            tuple(values["label_names"]),
+            names,
             values["dataset"],
             values["recipe"],
             found,
@@ -77,3 +84,32 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
         )
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged or from another version: {error}") from error
+
+
+# What config.json holds beside the settings, and what its `dataset` may hold.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "attn_backend": (str,), "device": (str,), "label_names": (list,), "dataset": (dict,),
+    "recipe": (str, type(None)),
+}  # fmt: skip
+_DATASET_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,), "fingerprint": (str,), "label_counts": (dict,), "train_samples": (int,),
+    "val_samples": (int,), "test_samples": (int,),
+}  # fmt: skip
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Raises ConfigError for values of other types than a run writes, as a hand may leave them, and
+    KeyError for missing ones."""
+
+    def check(name: str, value: Any, types: tuple[type, ...]) -> None:
+        if not isinstance(value, types):
+            raise ConfigError(f"{name} is {str(value)[:60]!r}; expected {types[0].__name__}")
+
+    for name, types in _TYPES.items():
+        check(name, values[name], types)
+    for name, types in _DATASET_TYPES.items():
+        if name in values["dataset"]:
+            check(f"dataset's {name}", values["dataset"][name], types)
+    names = values["label_names"]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ConfigError(f"label_names are {str(names)[:60]}; expected texts, none of them twice")

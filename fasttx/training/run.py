@@ -16,7 +16,7 @@ from torch import nn
 
 from fasttx import device as devices
 from fasttx.config import TrainConfig
-from fasttx.errors import CheckpointError
+from fasttx.errors import CheckpointError, Interrupted
 from fasttx.text import splits as data
 from fasttx.training import distributed
 from fasttx.training.checkpoint import (
@@ -30,7 +30,7 @@ from fasttx.training.distributed import Processes
 from fasttx.training.folder import Manifest, RunFolder, digest_of
 from fasttx.training.progress import ProgressDisplay, console, log_file
 from fasttx.training.task import Run, Task
-from fasttx.training.trainer import Interrupted, Trainer
+from fasttx.training.trainer import Trainer
 
 log = logging.getLogger("fasttx")
 
@@ -63,7 +63,7 @@ def create(
     Its tokenizer is made, and what was `auto` is settled. Raises FasttxError.
     """
     paths = {k: v for k in ("init_from", "pseudo_labels") if (v := getattr(config, k)) is not None}
-    paths = {name: os.path.abspath(path) for name, path in paths.items()}
+    paths = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items()}
     config = replace(config, dataset=source.name, **paths)
     folder = new_folder(out, recipe, processes, task.command)
     try:
@@ -99,7 +99,7 @@ def _begin(
         folder.write_json(folder.tokenizer, tokenizer.to_dict())
         folder.write_json(folder.config, saved.to_dict())  # last: from now on it is a run
     processes.barrier()
-    return Run(task, saved, folder, device, processes, splits)
+    return Run(task, saved, folder, device, processes, splits, loaded.validation)
 
 
 def _encoder_digest(config: TrainConfig) -> str | None:
@@ -143,7 +143,7 @@ def _go_on(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes
     splits = loaded.examples(config, load_tokenizer(folder, config.model.vocab_size))
     if processes.main and not Manifest(folder.path).exists():  # a run of the first format
         folder.seal()
-    return Run(task, saved, folder, device, processes, splits)
+    return Run(task, saved, folder, device, processes, splits, loaded.validation)
 
 
 def new_folder(out: Path | None, recipe: str, processes: Processes, resume: str) -> RunFolder:

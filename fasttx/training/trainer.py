@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from fasttx import device as devices
-from fasttx.errors import CheckpointError, DivergedError, NotFiniteError
+from fasttx.errors import CheckpointError, DivergedError, Interrupted, NotFiniteError
 from fasttx.ops.dropout import forward_seed
 from fasttx.text.packing import PackedBatch, shuffled_batches
 from fasttx.training.checkpoint import (
@@ -39,10 +39,6 @@ log = logging.getLogger("fasttx")
 
 _NEVER = 2**62  # a micro-step that no run reaches
 BATCH_STREAM = 1  # keeps the draws of a batch apart from the shuffle's, which have the same seed
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the run has been saved and can be resumed."""
 
 
 class Trainer:
@@ -373,13 +369,16 @@ class Trainer:
     def _signals(self) -> Iterator[None]:
         """The first Ctrl-C or SIGTERM asks for a stop at the next step; a second ends at once."""
 
+        old: dict[int, Any] = {}
+
         def ask(number: int, frame: Any) -> None:
             self._stop = True
             log.info("stopping after this step and saving; once more to stop at once")
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, old.get(number, signal.default_int_handler))
 
         try:
-            old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                old[number] = signal.signal(number, ask)
         except ValueError:  # not the main thread: signals are somebody else's
             yield
             return

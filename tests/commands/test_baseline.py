@@ -144,7 +144,8 @@ def test_a_kind_from_end_to_end(
     assert "scikit-learn" in found["versions"] and "Vectorizer(" in found["pipeline"]
     assert found["config"] == {
         "dataset": "demo", "text_column": None, "label_column": None, "train_samples": 600,
-        "test_samples": 200, "seed": 3, "split_seed": None,
+        "test_samples": 200, "subset_order": "shuffled", "allow_single_class": False, "seed": 3,
+        "split_seed": None,
     }  # fmt: skip
     assert run(kind, *DEMO, "--out", tmp_path / "a") == 2
     assert "exists already and holds manifest.json, results.json" in capsys.readouterr().err

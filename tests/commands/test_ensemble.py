@@ -155,7 +155,9 @@ def test_bad_settings_are_one_clear_line(
 
     a = members[0]
     assert "add --out DIR" in refused(a, "--pseudo-labels")
-    assert "--batch-size is 0; expected at least 1" in refused(a, "--batch-size", 0)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["ensemble", str(a), "--batch-size", "0"])
+    assert "--batch-size is 0; expected at least 1" in capsys.readouterr().err
     assert "add --linear KIND" in refused(a, "--ngrams", 3)
     assert "is no fasttx run" in refused(tmp_path / "none")
     (tmp_path / "full").mkdir()
