@@ -23,6 +23,7 @@ from fasttx.files import write_json_atomic
 from fasttx.models import bag_of_words
 from fasttx.tasks import TASKS, lstm, read_config
 from fasttx.text import splits as data
+from fasttx.text.duplicates import duplicates_text, overlap_warning
 from fasttx.text.labels import label_table
 from fasttx.training import run as runs
 from fasttx.training.checkpoint import RunFolder, read_json
@@ -128,9 +129,11 @@ def _fitted_on(dataset: data.TextDataset) -> str:
     train, validation, test = (
         len(split.texts) for split in (dataset.train, dataset.validation, dataset.test)
     )
-    counts = dataset.describe()["label_counts"]
+    described = dataset.describe()
+    table = label_table(described["label_counts"])
+    more = [line for line in (duplicates_text(described), overlap_warning(described)) if line]
     return (
-        f"{label_table(counts)}\n{dataset.name}: fitted on train and validation together, "
+        "\n".join([table, *more]) + f"\n{dataset.name}: fitted on train and validation together, "
         f"{train + validation:,} texts, since nothing is chosen with the latter; tested on {test:,}"
     )
 

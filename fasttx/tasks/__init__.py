@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fasttx.config import PretrainConfig, TrainConfig
 from fasttx.errors import CheckpointError, ConfigError
+from fasttx.text import demo
 from fasttx.training.checkpoint import FORMAT, RunConfig, read_json
 from fasttx.training.task import Task
 
@@ -55,8 +56,11 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
             f"{path.parent} is a run of {found}; expected {' or '.join(tasks or TASKS)}. {advice}"
         )
     try:
+        settings = dict(values["train"])
+        if settings["dataset"] == "demo":  # its texts are those of that run's time
+            settings["dataset"] = demo.name_of(values["dataset"].get("grammar", 1))
         return RunConfig(
-            entry.settings.from_dict(values["train"]),
+            entry.settings.from_dict(settings),
             values["attn_backend"],
             values["device"],
             tuple(values["label_names"]),
