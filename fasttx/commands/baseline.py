@@ -21,6 +21,7 @@ from fasttx.config import TrainConfig
 from fasttx.models import bag_of_words
 from fasttx.tasks import TASKS, lstm, read_config
 from fasttx.text import splits as data
+from fasttx.text.duplicates import duplicates_text, overlap_warning
 from fasttx.text.labels import label_table, single_class_warning
 from fasttx.training import run as runs
 from fasttx.training.checkpoint import read_json
@@ -131,12 +132,15 @@ def _fitted_on(dataset: data.TextDataset) -> str:
     train, validation, test = (
         len(split.texts) for split in (dataset.train, dataset.validation, dataset.test)
     )
-    counts = dataset.describe()["label_counts"]
-    warning = single_class_warning(counts)
+    described = dataset.describe()
+    counts = described["label_counts"]
+    said = (
+        label_table(counts), single_class_warning(counts), duplicates_text(described),
+        overlap_warning(described),
+    )  # fmt: skip
     return (
-        f"{label_table(counts)}\n"
-        + (f"{warning}\n" if warning else "")
-        + f"{dataset.name}: fitted on train and validation together, "
+        "\n".join(line for line in said if line)
+        + f"\n{dataset.name}: fitted on train and validation together, "
         f"{train + validation:,} texts, since nothing is chosen with the latter; tested on {test:,}"
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fasttx.config import PretrainConfig, TrainConfig
 from fasttx.errors import CheckpointError, ConfigError
+from fasttx.text import demo
 from fasttx.training.checkpoint import FORMATS, RunConfig, read_json
 from fasttx.training.folder import Manifest
 from fasttx.training.task import Task
@@ -67,7 +68,10 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
         )
     try:
         _check_values(values)
-        train = entry.settings.from_dict(values["train"])
+        settings = dict(values["train"])
+        if settings.get("dataset") == "demo":  # its texts are those of that run's time
+            settings["dataset"] = demo.name_of(values["dataset"].get("grammar", 1))
+        train = entry.settings.from_dict(settings)
         names = tuple(values["label_names"])
         classes = train.model.num_classes
         if names and len(names) != classes:

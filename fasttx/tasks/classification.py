@@ -19,6 +19,7 @@ from fasttx.models.classifier import TransformerClassifier
 from fasttx.ops import registry
 from fasttx.tasks.encoder import EncoderTask, machine_text, optimizer_text, size_text
 from fasttx.text import splits as data
+from fasttx.text.duplicates import duplicates_text, overlap_warning
 from fasttx.text.labels import label_table, single_class_warning
 from fasttx.text.packing import PackedBatch, RaggedIds, pack
 from fasttx.text.reading import drop_words, read
@@ -220,9 +221,15 @@ def _examples(
 
 
 def labels_shown(run: Run) -> list[str]:
-    counts = run.config.dataset["label_counts"]
-    warning = single_class_warning(counts)
-    return [label_table(counts), *([warning] if warning else [])]
+    dataset = run.config.dataset
+    lines = label_table(dataset["label_counts"]), duplicates_text(dataset), warning(dataset)
+    return [line for line in lines if line]
+
+
+def warning(dataset: dict[str, Any]) -> str | None:
+    """Why the test accuracy says little, by what config.json keeps of the data."""
+    found = single_class_warning(dataset["label_counts"]), overlap_warning(dataset)
+    return "\n".join(line for line in found if line) or None
 
 
 def measured(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
@@ -244,6 +251,6 @@ def measured(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
         "val_accuracy": best["val_accuracy"],
         "time_to_accuracy": time_to_accuracy(progress.history),
         "device": str(run.device),
-        "warning": single_class_warning(run.config.dataset["label_counts"]),
+        "warning": warning(run.config.dataset),
         **common(run, model, progress),
     }
