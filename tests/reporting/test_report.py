@@ -300,7 +300,7 @@ def test_throughput_of_each_interval() -> None:
 
 def slow_integrated_gradients(model, ids: np.ndarray, target: int, rival: int, points: int):
     """Midpoints, one at a time, in float64, with the model's layers called one by one."""
-    from fasttx.models.classifier import mean_pool
+    from fasttx.models.mean_pool import mean_pool
     from fasttx.ops.contract import Spans
     from fasttx.ops.dropout import NO_DROPOUT
 
