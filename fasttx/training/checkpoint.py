@@ -107,7 +107,7 @@ def save_state(folder: RunFolder, path: Path, state: dict[str, Any]) -> None:
     with folder.writing(path) as f:
         remembering = _Remembering(f)
         try:
-            torch.save(state, remembering)
+            torch.save(state, remembering)  # type: ignore[arg-type]  # it does no more than write
         except RuntimeError:
             if remembering.error is None:
                 raise

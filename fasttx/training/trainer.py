@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttx import device as devices
 from fasttx.errors import CheckpointError, DivergedError, Interrupted, NotFiniteError
@@ -127,7 +127,7 @@ class Trainer:
     def _not_finite(self) -> str | None:
         """The name of a weight, or of a number the optimiser keeps for one, that is not finite."""
         numbers: dict[str, Any] = dict(self.model.state_dict())
-        names = {p: name for name, p in self.model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         for p, kept in self.optimizer.state.items():
             numbers |= {f"the optimiser's {k} of {names[p]}": v for k, v in kept.items()}
         return not_finite(numbers)
