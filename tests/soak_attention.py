@@ -64,7 +64,7 @@ def draw(seed: int, number: int) -> Problem:
     head_dim = int(one_of(HEAD_DIMS))
     scale = None
     if rng.random() < 0.4:
-        scale = float(rng.uniform(-0.5, 2.0)) * head_dim**-0.5
+        scale = float(rng.choice([0.0, *rng.uniform(-0.5, 2.0, 9)])) * head_dim**-0.5
     case = AttentionCase(
         "x" * int(rng.integers(1, 30)),  # its length decides the values
         tuple(lens),
