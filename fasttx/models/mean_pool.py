@@ -75,7 +75,8 @@ def _gathered_sum(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
 
 def _spread(x: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     """Each text's row to all of its rows: (B, d) -> (T, d), 0 in the dead tail. The transpose."""
-    return torch.cat([x, x.new_zeros(1, x.shape[1])])[sequence_ids(cu_seqlens, rows)]
+    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    return padded.index_select(0, sequence_ids(cu_seqlens, rows))
 
 
 class _Sum(torch.autograd.Function):
