@@ -147,7 +147,7 @@ class Operations(ABC):
         if qkv.dim() != 4 or qkv.shape[1] != 3:
             raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (T, 3, H, D)")
         check_floats("qkv", qkv)
-        how = self._how(spans, dropout, causal, scale, len(qkv), qkv.shape[-1])
+        how = self._how(spans, dropout, causal, scale, qkv.shape[0], qkv.shape[-1])
         _check_site(dropout, qkv, spans.starts, spans.lens)
         return self._attend_packed(qkv, how)
 
@@ -160,7 +160,7 @@ class Operations(ABC):
             shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
             raise ValueError(f"q, k, v have shapes {shapes}; expected three equal (T, H, D)")
         check_floats("q, k, v", q, k, v)
-        how = self._how(spans, dropout, causal, scale, len(q), q.shape[-1])
+        how = self._how(spans, dropout, causal, scale, q.shape[0], q.shape[-1])
         _check_site(dropout, q, k, v, spans.starts, spans.lens)
         return self._attend(q, k, v, how)
 

@@ -327,7 +327,7 @@ class FusedOperations(Operations):
             """total, normed, moments; of contiguous h and y."""
             wide = torch.promote_types(h.dtype, y.dtype)
             total = torch.empty_like(h if h.dtype == wide else y)
-            return total, torch.empty_like(y), h.new_empty((2, len(h)), dtype=torch.float32)
+            return total, torch.empty_like(y), h.new_empty((2, h.shape[0]), dtype=torch.float32)
 
         def forward(h: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             h, y = h.contiguous(), y.contiguous()

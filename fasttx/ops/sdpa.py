@@ -136,7 +136,7 @@ def _one_by_one(qkv: Tensor, how: Attend) -> Tensor:
 def _padded(qkv: Tensor, how: Attend) -> Tensor:
     """No size is read from the device: padded to max_seqlen, with a key mask."""
     spans, p = how.spans, how.dropout.p
-    index = padded_rows(spans, len(qkv))
+    index = padded_rows(spans, qkv.shape[0])
     q, k, v = (gather_rows(x, index) for x in qkv.unbind(1))
     position = torch.arange(spans.max_seqlen, device=qkv.device)
     lens = spans.lens[:, None]
@@ -146,7 +146,7 @@ def _padded(qkv: Tensor, how: Attend) -> Tensor:
         mask = mask & (position <= position[:, None])
     q, scale = _above_0(q, how.scale)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
-    return scatter_rows(out, index, len(qkv))
+    return scatter_rows(out, index, qkv.shape[0])
 
 
 class Sdpa(Adapter):
