@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
-from fasttx.models.layers import add_norm, linear, product_and_bias
+from fasttx.models.layers import add, add_norm, linear, product_and_bias
 from fasttx.models.module import Model
 from fasttx.ops import registry
 from fasttx.ops.arguments import check_integers, kind
@@ -28,10 +28,11 @@ def sinusoidal_positions(max_len: int, d_model: int, dtype: torch.dtype | None =
     In torch's default dtype, unless one is given. On the CPU, whatever the default device is: that
     may be one without values or without float64.
     """
-    wide = {"dtype": torch.float64, "device": "cpu"}
-    position = torch.arange(max_len, **wide)[:, None]
-    rate = torch.exp(torch.arange(0, d_model, 2, **wide) * (-math.log(1e4) / d_model))
-    table = torch.empty(max_len, d_model, **wide)
+    with torch.device("cpu"):
+        position = torch.arange(max_len, dtype=torch.float64)[:, None]
+        column = torch.arange(0, d_model, 2, dtype=torch.float64)
+        table = torch.empty(max_len, d_model, dtype=torch.float64)
+    rate = torch.exp(column * (-math.log(1e4) / d_model))
     table[:, 0::2] = torch.sin(position * rate)
     table[:, 1::2] = torch.cos(position * rate)
     return table.to(dtype or torch.get_default_dtype())
@@ -84,6 +85,8 @@ class EncoderBlock(nn.Module):
         u, bias = product_and_bias(ops, self.up, n)
         u = ops.bias_act(u, bias, in_mlp, self.activation)
         y, bias = product_and_bias(ops, self.down, u)
+        if next_norm is None:
+            return add(ops, h, y, bias, after_mlp), None
         return add_norm(ops, h, y, bias, next_norm, after_mlp)
 
     def dropouts(self, seeds: Sequence[Tensor]) -> tuple[Dropout, ...]:
@@ -156,7 +159,8 @@ class Encoder(Model):
         held = self.positions
         if held.is_meta:
             return
-        table = sinusoidal_positions(*held.shape, dtype=self._table_dtype)
+        c = self.config
+        table = sinusoidal_positions(c.max_len, c.d_model, self._table_dtype)
         if held.is_inference() and not torch.is_inference_mode_enabled():
             self.positions = table.to(held.device, held.dtype)  # it takes no values any more
         else:

@@ -64,16 +64,16 @@ def product_and_bias(ops: Operations, layer: nn.Module, x: Tensor) -> tuple[Tens
 
 
 def add_norm(
-    ops: Operations, h: Tensor, y: Tensor, bias: Tensor, norm: nn.Module | None, dropout: Dropout
-) -> tuple[Tensor, Tensor | None]:
-    """h' = h + dropout(y + bias), and norm(h') if there is one; (T, d) each."""
-    if (
-        norm is not None
-        and is_layer_norm(norm)
-        and norm.elementwise_affine
-        and norm.bias is not None
-    ):
+    ops: Operations, h: Tensor, y: Tensor, bias: Tensor, norm: nn.Module, dropout: Dropout
+) -> tuple[Tensor, Tensor]:
+    """h' = h + dropout(y + bias), and norm(h'); (T, d) each."""
+    if is_layer_norm(norm) and norm.elementwise_affine and norm.bias is not None:
         return ops.add_norm(h, y, bias, norm.weight, norm.bias, dropout, norm.eps)
+    h = add(ops, h, y, bias, dropout)
+    return h, norm(h)
+
+
+def add(ops: Operations, h: Tensor, y: Tensor, bias: Tensor, dropout: Dropout) -> Tensor:
+    """h + dropout(y + bias)."""
     ones, zeros = h.new_ones(h.shape[-1]), h.new_zeros(h.shape[-1])
-    h, _ = ops.add_norm(h, y, bias, ones, zeros, dropout)
-    return h, None if norm is None else norm(h)
+    return ops.add_norm(h, y, bias, ones, zeros, dropout)[0]

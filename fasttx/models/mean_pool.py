@@ -42,7 +42,7 @@ def pool(n: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         lens = cu_seqlens.diff().clamp(min=1)[:, None].to(wide.dtype)
         if torch.compiler.is_compiling():
             sums = _CompiledSum.apply(wide, cu_seqlens, max_seqlen)
-        elif torch.jit.is_tracing():  # which saves no function of Python
+        elif torch._C._get_tracing_state() is not None:  # which saves no function of Python
             sums = _sum(wide, cu_seqlens, max_seqlen)
         else:
             sums = _Sum.apply(wide, cu_seqlens, max_seqlen)
@@ -158,4 +158,5 @@ class _CompiledSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _spread(grad, *ctx.saved_tensors, ctx.rows), None, None
+        (cu_seqlens,) = ctx.saved_tensors
+        return _spread(grad, cu_seqlens, ctx.rows), None, None
