@@ -54,7 +54,8 @@ class TextClassifier:
     def logits(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
         """(texts, num_classes) fp32 on the CPU, finite. Raises DivergedError for a model that
         answers otherwise, and ConfigError for a batch size that is none."""
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        whole = hasattr(batch_size, "__index__") and not isinstance(batch_size, bool)
+        if not whole or batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size!r}; expected at least 1 text at a time")
         ids = self.tokenizer.encode_batch(texts)
         windows, owner = self.read(ids)

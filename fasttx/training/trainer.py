@@ -252,8 +252,8 @@ class Trainer:
             signal.signal(number, old.get(number, signal.default_int_handler))
 
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                old[number] = signal.signal(number, ask)
+            for s in (signal.SIGINT, signal.SIGTERM):
+                old[s] = signal.signal(s, ask)
         except ValueError:  # not the main thread: signals are somebody else's
             yield
             return
