@@ -14,8 +14,8 @@ from fasttx.commands.train import TrainOptions, options
 from fasttx.tasks import TASKS, read_config
 from fasttx.text import splits as data
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 from fasttx.training.task import Run
 
 

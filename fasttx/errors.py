@@ -36,8 +36,16 @@ class CheckpointError(FasttxError, RuntimeError):
     """A file of a run is missing, damaged, or not what it should be."""
 
 
-class DivergedError(FasttxError, RuntimeError):
-    """The loss is no longer a number."""
+class InUseError(FasttxError, RuntimeError):
+    """Another process has the run folder open; two would write into each other's files."""
+
+
+class NotFiniteError(FasttxError, ValueError):
+    """Numbers that should be finite are NaN or infinite."""
+
+
+class DivergedError(NotFiniteError, RuntimeError):
+    """The loss or the weights of a training are no longer finite."""
 
 
 class BackendUnavailableError(FasttxError, RuntimeError):

@@ -18,7 +18,8 @@ from fasttx.tasks import read_config
 from fasttx.text.packing import RaggedIds
 from fasttx.text.reading import mean_of_windows, read
 from fasttx.text.tokenizer import Tokenizer
-from fasttx.training.checkpoint import RunFolder, load_weights
+from fasttx.training.checkpoint import load_tokenizer, load_weights
+from fasttx.training.folder import RunFolder
 from fasttx.training.inference import predict_logits
 
 
@@ -111,7 +112,7 @@ def load(
             f"Go on with it: python train.py --resume {folder.path}"
         )
     try:
-        tokenizer = Tokenizer.load(folder.tokenizer)
+        tokenizer = load_tokenizer(folder, model_config.vocab_size)
     except TokenizerError as error:
         raise CheckpointError(str(error)) from error
     if len(config.label_names) != model_config.num_classes:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,14 @@ from fasttx import device as devices
 from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.config import TrainConfig
-from fasttx.errors import CheckpointError
-from fasttx.files import write_json_atomic
 from fasttx.models import bag_of_words
 from fasttx.tasks import TASKS, lstm, read_config
 from fasttx.text import splits as data
+from fasttx.text.duplicates import duplicates_text, overlap_warning
 from fasttx.text.labels import label_table, single_class_warning
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder, read_json
+from fasttx.training.checkpoint import read_json
+from fasttx.training.folder import RunFolder
 from fasttx.training.metrics import Metrics, classification_metrics, format_metrics
 
 # What `fasttx baseline all` fits, one after the other.
@@ -93,7 +93,19 @@ def _linear(args: argparse.Namespace) -> None:
         jobs = [(k, args.ngrams) for k in bag_of_words.KINDS] if args.ngrams else list(ALL)
     else:
         jobs = [(args.kind, args.ngrams or bag_of_words.KINDS[args.kind].ngrams)]
-    folders = [_folder(args.out, f"{k}-{n}" if args.kind == "all" else "") for k, n in jobs]
+    with contextlib.ExitStack() as stack:
+        folders: list[RunFolder | None] = [None] * len(jobs)
+        if args.out:
+            parts = [f"{k}-{n}" if args.kind == "all" else "" for k, n in jobs]
+            folders = [stack.enter_context(RunFolder(args.out / p).created()) for p in parts]
+        _fit_linear(args, jobs, folders)
+
+
+def _fit_linear(
+    args: argparse.Namespace,
+    jobs: Sequence[tuple[str, int]],
+    folders: Sequence[RunFolder | None],
+) -> None:
     config = TrainConfig(**_settings(args))
     source = data.resolve(config.dataset)
     config = replace(config, dataset=source.name)
@@ -104,8 +116,8 @@ def _linear(args: argparse.Namespace) -> None:
     for (kind, ngrams), folder in zip(jobs, folders, strict=True):
         test, results = measure_linear(kind, ngrams, dataset, config)
         if folder:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(folder.results, results)
+            folder.write_json(folder.results, results)
+            folder.close()
         if args.json:
             terminal.say_json(results, flush=True)
         else:
@@ -116,29 +128,19 @@ def _linear(args: argparse.Namespace) -> None:
             terminal.say("\nIts scores are margins, so loss and calibration error mean little.")
 
 
-def _folder(out: Path | None, name: str) -> RunFolder | None:
-    """Where results.json goes, if anywhere; refuses to overwrite one."""
-    if out is None:
-        return None
-    folder = RunFolder(out / name)
-    if folder.results.exists() or (out.exists() and not out.is_dir()):
-        raise CheckpointError(
-            f"{folder.results if out.is_dir() else out} exists already; expected a folder without "
-            "results.json. Choose another --out"
-        )
-    return folder
-
-
 def _fitted_on(dataset: data.TextDataset) -> str:
     train, validation, test = (
         len(split.texts) for split in (dataset.train, dataset.validation, dataset.test)
     )
-    counts = dataset.describe()["label_counts"]
-    warning = single_class_warning(counts)
+    described = dataset.describe()
+    counts = described["label_counts"]
+    said = (
+        label_table(counts), single_class_warning(counts), duplicates_text(described),
+        overlap_warning(described),
+    )  # fmt: skip
     return (
-        f"{label_table(counts)}\n"
-        + (f"{warning}\n" if warning else "")
-        + f"{dataset.name}: fitted on train and validation together, "
+        "\n".join(line for line in said if line)
+        + f"\n{dataset.name}: fitted on train and validation together, "
         f"{train + validation:,} texts, since nothing is chosen with the latter; tested on {test:,}"
     )
 

@@ -6,6 +6,7 @@ Shapes: M members, n texts, C classes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import time
@@ -21,7 +22,6 @@ from fasttx import device as devices
 from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.errors import CheckpointError, ConfigError
-from fasttx.files import write_json_atomic
 from fasttx.load import TextClassifier, checked_finite, load
 from fasttx.models import bag_of_words
 from fasttx.models.pool import Pool
@@ -29,8 +29,8 @@ from fasttx.tasks import read_config
 from fasttx.text import splits as data
 from fasttx.text.reading import mean_of_windows
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunConfig, RunFolder
-from fasttx.training.distributed import Processes
+from fasttx.training.checkpoint import RunConfig
+from fasttx.training.folder import RunFolder
 from fasttx.training.inference import predict_logits
 from fasttx.training.metrics import classification_metrics, format_metrics, log_softmax
 from fasttx.training.predictions import Predictions, PseudoLabels
@@ -186,7 +186,7 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 def _label(
-    members: Sequence[Member], pool: Pool, run: RunConfig, texts: Sequence[str], path: Path
+    members: Sequence[Member], pool: Pool, run: RunConfig, texts: Sequence[str], folder: RunFolder
 ) -> dict[str, Any]:
     """Writes pseudo_labels.npz; what results.json says of it."""
     log.info("labelling %s texts ...", f"{len(texts):,}")
@@ -195,7 +195,7 @@ def _label(
     labels = PseudoLabels(
         probabilities, run.label_names, data.texts_fingerprint(texts), run.dataset["fingerprint"]
     )
-    labels.save(path)
+    labels.save(folder)
     counts = np.bincount(probabilities.argmax(1), minlength=len(run.label_names)).tolist()
     return {
         "texts": len(texts),
@@ -212,9 +212,15 @@ def _ensemble(args: argparse.Namespace) -> None:
         raise ConfigError("--ngrams is about linear models, and there is none: add --linear KIND")
     if args.linear:
         bag_of_words.require_scikit_learn()
-    folder = None
-    if args.out is not None:
-        folder = runs.new_folder(args.out, "ensemble", Processes())
+    keep = RunFolder(args.out).created() if args.out else contextlib.nullcontext()
+    with keep as folder:
+        results = _pooled(args, folder)
+    if args.json:
+        terminal.say_json(results)
+
+
+def _pooled(args: argparse.Namespace, folder: RunFolder | None) -> dict[str, Any]:
+    """Measure the pool, and keep what it said in `folder`. What results.json holds."""
     # With --json, standard output has the JSON alone.
     with console(logging.ERROR if args.json else logging.INFO):
         start = time.perf_counter()
@@ -228,10 +234,9 @@ def _ensemble(args: argparse.Namespace) -> None:
         measured = format_metrics(answers.metrics, dataset.label_names)
         log.info("\n%s\n\non the test split:\n%s\n", _table(results), measured)
         if folder is not None:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            answers.save(folder.test_predictions)
+            answers.save(folder)
             if texts:
-                results["pseudo_labels"] = _label(members, pool, run, texts, folder.pseudo_labels)
+                results["pseudo_labels"] = _label(members, pool, run, texts, folder)
         device = devices.pick(args.device)
         results |= {
             "seconds": time.perf_counter() - start,
@@ -240,11 +245,10 @@ def _ensemble(args: argparse.Namespace) -> None:
             "hardware": devices.hardware(device),
         }
         if folder is not None:
-            write_json_atomic(folder.results, results)
+            folder.write_json(folder.results, results)
             more = f"; next: python train.py --pseudo-labels {folder.path}" if texts else ""
             log.info("%s%s", folder.results, more)
-    if args.json:
-        terminal.say_json(results)
+    return results
 
 
 def add_command(commands: Any) -> None:

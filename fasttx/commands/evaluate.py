@@ -13,7 +13,7 @@ from fasttx.load import load
 from fasttx.tasks import read_config
 from fasttx.text import splits as data
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder
+from fasttx.training.folder import RunFolder
 from fasttx.training.metrics import classification_metrics, format_metrics
 
 
@@ -22,13 +22,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     cut = "cut" if args.truncation else None  # where it says what to keep, it is cut
     reading = {"truncation": args.truncation, "long_texts": args.long_texts or cut}
     classifier = dataclasses.replace(classifier, **{k: v for k, v in reading.items() if v})
+    folder = RunFolder(args.run)
+    config = read_config(folder.config)
     if args.dataset is None:
-        folder = RunFolder(args.run)
-        split = runs.load_dataset(folder, read_config(folder.config)).validation
+        split = runs.load_dataset(folder, config).validation
     else:
         split = data.load_for_evaluation(
             args.dataset,
             classifier.label_names,
+            label_numbers=config.dataset.get("label_numbers"),
             text_column=args.text_column,
             label_column=args.label_column,
         )
@@ -36,8 +38,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     metrics = classification_metrics(logits.numpy(), split.labels)
     if args.json:
         where = args.dataset or f"validation split of {args.run}"
-        terminal.say_json({"dataset": where, **metrics.to_dict()})
+        found = {"dataset": where, "notes": split.notes, **metrics.to_dict()}
+        terminal.say_json(found)
     else:
+        if split.notes:
+            terminal.say("\n".join([*split.notes, ""]))
         terminal.say(format_metrics(metrics, list(classifier.label_names)))
 
 

@@ -12,7 +12,7 @@ from fasttx.config import PRETRAIN, ModelConfig, PretrainConfig
 from fasttx.tasks import TASKS, read_config
 from fasttx.text import splits as data
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder
+from fasttx.training.folder import RunFolder
 
 # Settings of a classifier's training that say nothing here.
 WITHOUT = (

@@ -10,7 +10,7 @@ from typing import Any
 from fasttx.commands import flags
 from fasttx.config import ENCODER_SHAPE, RECIPES, ModelConfig, TrainConfig
 from fasttx.tasks import read_config
-from fasttx.training.checkpoint import RunFolder
+from fasttx.training.folder import RunFolder
 from fasttx.version import __version__
 
 

@@ -19,7 +19,8 @@ from fasttx.tasks import read_config
 from fasttx.text.splits import TextDataset
 from fasttx.text.token_cache import encode_cached
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunConfig, RunFolder, read_json
+from fasttx.training.checkpoint import RunConfig, read_json
+from fasttx.training.folder import RunFolder, verified
 from fasttx.training.metrics import Metrics
 from fasttx.training.predictions import Predictions
 
@@ -60,7 +61,9 @@ class FinishedRun:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-int(self.config.dataset["train_samples"]) // self.samples_per_step)
+        data = self.config.dataset
+        more = data.get("pseudo_labels", {}).get("texts", 0)
+        return -(-(int(data["train_samples"]) + more) // self.samples_per_step)
 
 
 def open_run(path: Path, device: str = "auto") -> FinishedRun:
@@ -90,11 +93,14 @@ def open_run(path: Path, device: str = "auto") -> FinishedRun:
             f"{percent(results['test_accuracy'], 2)}: it was computed again, on another device or "
             "in another precision."
         )
+    rows = results["history"]
+    if folder.metrics.exists():
+        rows = _rows(folder.metrics)
+    else:
+        notes.append(f"{folder.metrics.name} is gone, so the curves have one point an epoch.")
     texts = dataset.test.texts if dataset else None
     lengths = encode_cached(model.tokenizer, texts).lengths if texts is not None else None
-    return FinishedRun(
-        folder, config, results, _rows(folder.metrics), model, predictions, texts, lengths, notes
-    )
+    return FinishedRun(folder, config, results, rows, model, predictions, texts, lengths, notes)
 
 
 def _predictions(
@@ -115,7 +121,7 @@ def _predictions(
         return None
     terminal.say(f"predicting the {len(dataset.test.texts):,} test texts once more ...", flush=True)
     found = Predictions(model.logits(dataset.test.texts).numpy(), dataset.test.labels)
-    found.save(folder.test_predictions)
+    found.save(folder)
     return found
 
 
@@ -198,7 +204,7 @@ def _check(path: Path, where: str, values: Any, wanted: dict[str, tuple[type, ..
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        rows = [json.loads(line) for line in verified(path).splitlines()]
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as lines of JSON: {error}") from error
     for row in rows:

@@ -15,6 +15,7 @@ from fasttx.reporting.attributions import Explanation
 from fasttx.reporting.escaping import escaped
 from fasttx.reporting.findings import percent
 from fasttx.reporting.finished import FinishedRun
+from fasttx.text.duplicates import duplicates_text, overlap_warning
 from fasttx.text.labels import single_class_warning
 from fasttx.training.metrics import Metrics
 from fasttx.training.predictions import Predictions
@@ -57,8 +58,9 @@ def build(run: FinishedRun) -> tuple[str, dict[str, plots.Picture]]:
     _configuration(out, run)
 
     name, metrics = str(run.config.dataset["name"]), run.metrics
-    warning = single_class_warning(run.config.dataset["label_counts"])
-    alarms = [page.alarm(text) for text in ([warning] if warning else []) + run.notes]
+    dataset = run.config.dataset
+    warnings = single_class_warning(dataset["label_counts"]), overlap_warning(dataset)
+    alarms = [page.alarm(text) for text in (*warnings, *run.notes) if text]
     head = [
         f'<p class="kicker">{escaped(f"fasttx, run {run.folder.path.resolve().name}")}</p>',
         f"<h1>{escaped(name)}: {escaped(findings.accuracy_sentence(metrics))}</h1>",
@@ -266,6 +268,7 @@ def _configuration(out: Pages, run: FinishedRun) -> None:
     head = ("group", "setting", "value")
     counts = run.config.dataset["label_counts"]
     splits = [[name, *(f"{counts[split][name]:,}" for split in counts)] for name in run.names]
+    repeated = duplicates_text(run.config.dataset)
     recipe = f"Recipe {run.config.recipe}" if run.config.recipe else "Configuration"
     heading = f"{recipe}, seed {t.seed}: {len(changed)} settings differ from the defaults"
     out.add(
@@ -274,6 +277,7 @@ def _configuration(out: Pages, run: FinishedRun) -> None:
         f"<details><summary>{len(kept)} settings at their defaults</summary>"
         f"{page.table(head, both[1], numbers=False)}</details>",
         "<h3>Texts by split and label</h3>", page.table(("label", *counts), splits),
+        *([page.paragraph(f"{repeated[0].upper()}{repeated[1:]}.")] if repeated else []),
     )  # fmt: skip
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from fasttx.config import PretrainConfig, TrainConfig
 from fasttx.errors import CheckpointError, ConfigError
-from fasttx.training.checkpoint import FORMAT, RunConfig, read_json
+from fasttx.text import demo
+from fasttx.training.checkpoint import FORMATS, RunConfig, read_json
+from fasttx.training.folder import Manifest
 from fasttx.training.task import Task
 
 
@@ -44,8 +46,17 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
     Raises CheckpointError for a file that is missing, damaged, or of another task.
     """
     values = read_json(path)
-    if values.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not the config.json of a fasttx run")
+    form = values.get("format")
+    if form not in FORMATS:
+        raise CheckpointError(
+            f"{path} is not the config.json of a fasttx run that this version reads: its format is "
+            f"{form!r}; expected {' or '.join(FORMATS)}. A newer fasttx may read it"
+        )
+    if form != FORMATS[0] and not Manifest(path.parent).exists():
+        raise CheckpointError(
+            f"{path.parent} has lost its manifest.json, so that its files cannot be checked. Bring "
+            f"it back; or, if you trust them as they are: fasttx verify {path.parent} --accept"
+        )
     found = values.get("task", "classification")  # the only one when the format was young
     entry = TASKS.get(found) if isinstance(found, str) else None
     if entry is None or found not in (tasks or TASKS):
@@ -57,7 +68,10 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
         )
     try:
         _check_values(values)
-        train = entry.settings.from_dict(values["train"])
+        settings = dict(values["train"])
+        if settings.get("dataset") == "demo":  # its texts are those of that run's time
+            settings["dataset"] = demo.name_of(values["dataset"].get("grammar", 1))
+        train = entry.settings.from_dict(settings)
         names = tuple(values["label_names"])
         classes = train.model.num_classes
         if names and len(names) != classes:
@@ -70,6 +84,7 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
             values["dataset"],
             values["recipe"],
             found,
+            values.get("init_from_sha256"),
         )
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged or from another version: {error}") from error

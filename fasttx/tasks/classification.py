@@ -19,12 +19,14 @@ from fasttx.models.classifier import TransformerClassifier
 from fasttx.ops import registry
 from fasttx.tasks.encoder import EncoderTask, machine_text, optimizer_text, size_text
 from fasttx.text import splits as data
+from fasttx.text.duplicates import duplicates_text, overlap_warning
 from fasttx.text.labels import label_table, single_class_warning
 from fasttx.text.packing import PackedBatch, RaggedIds, pack
 from fasttx.text.reading import drop_words, read
 from fasttx.text.token_cache import encode_cached
 from fasttx.text.tokenizer import Tokenizer
-from fasttx.training.checkpoint import Progress, RunFolder
+from fasttx.training.checkpoint import Progress
+from fasttx.training.folder import RunFolder
 from fasttx.training.inference import predict_logits, predict_shared
 from fasttx.training.metrics import classification_metrics, format_metrics
 from fasttx.training.predictions import Predictions, PseudoLabels
@@ -219,9 +221,15 @@ def _examples(
 
 
 def labels_shown(run: Run) -> list[str]:
-    counts = run.config.dataset["label_counts"]
-    warning = single_class_warning(counts)
-    return [label_table(counts), *([warning] if warning else [])]
+    dataset = run.config.dataset
+    lines = label_table(dataset["label_counts"]), duplicates_text(dataset), warning(dataset)
+    return [line for line in lines if line]
+
+
+def warning(dataset: dict[str, Any]) -> str | None:
+    """Why the test accuracy says little, by what config.json keeps of the data."""
+    found = single_class_warning(dataset["label_counts"]), overlap_warning(dataset)
+    return "\n".join(line for line in found if line) or None
 
 
 def measured(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
@@ -233,7 +241,7 @@ def measured(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
     predictions = Predictions(predict_shared(run, model, test), test.labels)
     log.info("%s", format_metrics(predictions.metrics, run.config.label_names))
     if run.processes.main:
-        predictions.save(run.folder.test_predictions)
+        predictions.save(run.folder)
     found = predictions.metrics.to_dict()
     return {
         "test_accuracy": found["accuracy"],
@@ -243,6 +251,6 @@ def measured(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
         "val_accuracy": best["val_accuracy"],
         "time_to_accuracy": time_to_accuracy(progress.history),
         "device": str(run.device),
-        "warning": single_class_warning(run.config.dataset["label_counts"]),
+        "warning": warning(run.config.dataset),
         **common(run, model, progress),
     }

@@ -17,6 +17,7 @@ from fasttx.config import ModelConfig, PretrainConfig, TrainConfig
 from fasttx.errors import DataError
 from fasttx.models.masked_lm import MaskedLanguageModel, mask_words
 from fasttx.tasks.encoder import EncoderTask, machine_text, optimizer_text, size_text
+from fasttx.text import duplicates
 from fasttx.text import splits as data
 from fasttx.text.packing import PackedBatch, pack
 from fasttx.text.reading import by_length
@@ -55,8 +56,10 @@ class MaskedLM(EncoderTask):
         held_out, train = kept[:size], kept[size:]
         described = {
             "name": Path(config.dataset).name,
+            **data.version(config.dataset),
             "texts": len(train),
             "held_out": len(held_out),
+            "duplicates": duplicates.count({"train": train, "held_out": held_out}),
             "fingerprint": data.texts_fingerprint([*train, *held_out]),
         }
         examples = functools.partial(_examples, train, held_out)
@@ -78,8 +81,9 @@ class MaskedLM(EncoderTask):
             f"attention  {run.config.attn_backend} on {machine_text(run)}",
             f"training   {t.epochs} epochs, batches of {t.batch_size} windows, {how}",
         )
+        repeated = duplicates.duplicates_text(dataset)
         note = "Below, a sample is a window, and accuracy the share of hidden words that are named"
-        return ["\n".join([*lines, f"{note} right."])]
+        return ["\n".join([*lines, f"{note} right."]), *([repeated] if repeated else [])]
 
     def batch(
         self, run: Run, examples: Examples, indices: np.ndarray, stream: tuple[int, ...]

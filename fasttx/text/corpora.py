@@ -5,45 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fasttx.errors import DataError
 from fasttx.text import demo
+from fasttx.text.disk import is_file, located
+from fasttx.text.folders import SPLITS, UNLABELLED_SPLITS, Corpus, folder_corpus, name_of
 from fasttx.text.tables import Rows, Table, some, table_rows, table_texts
-from fasttx.text.textfiles import (
-    READERS,
-    file_rows,
-    file_texts,
-    folder_texts,
-    needs,
-    tree_labels,
-    tree_rows,
-)  # fmt: skip
+from fasttx.text.textfiles import KINDS, file_rows, kind_of, needs
 
 ENVIRONMENT = "FASTTX_DATA"
 HUB_NAME = "stanfordnlp/imdb"
 HUB_SECONDS = 3.0  # `datasets` itself waits minutes for a hub that cannot be reached
-
-SPLITS = {
-    "train": "train", "training": "train", "test": "test",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-}  # fmt: skip
-UNLABELLED = ("unsupervised", "unlabelled", "unlabeled")
-
-
-def _file_names(splits: Iterable[str]) -> re.Pattern[str]:
-    """Of train.csv and train-00000-of-00002.csv; groups: split, shard, shards, suffix."""
-    suffixes = "|".join(map(re.escape, READERS))
-    return re.compile(rf"({'|'.join(splits)})(?:-(\d+)-of-(\d+))?({suffixes})", re.IGNORECASE)
-
-
-_SPLIT_FILE, _UNLABELLED_FILE = _file_names(SPLITS), _file_names(UNLABELLED)
 
 
 @dataclass(frozen=True)
@@ -60,24 +38,24 @@ def resolve(dataset: str) -> Source:
     `auto` is $FASTTX_DATA where that is set, else IMDB where it is cached or the hub can be
     reached, else the built-in corpus.
     """
-    if dataset in ("imdb", "demo"):
+    if dataset == "imdb" or dataset in demo.NAMES:
         return Source(dataset)
     if dataset != "auto":
-        path = Path(dataset).expanduser()
-        if not path.exists():
+        path = located(dataset) if dataset.strip() else None
+        if path is None:
             raise DataError(
                 f"dataset is {dataset!r}: there is no such file or folder; expected auto, imdb, "
                 "demo, or the path of a folder or file"
             )
-        return Source(os.path.abspath(path))
+        return Source(str(path))
     if named := os.environ.get(ENVIRONMENT):
-        path = Path(named).expanduser()
-        if not path.exists():
+        path = located(named)
+        if path is None:
             raise DataError(
                 f"{ENVIRONMENT} is {named!r}: there is no such file or folder; set it to the "
                 "folder or file with the dataset, or unset it"
             )
-        return Source(os.path.abspath(path), (f"dataset auto: {named}, named by {ENVIRONMENT}",))
+        return Source(str(path), (f"dataset auto: {named}, named by {ENVIRONMENT}",))
     try:
         hub_imdb()
     except Unavailable as reason:
@@ -93,24 +71,10 @@ def _unmissable(reason: str) -> tuple[str, ...]:
     return ("*" * 96, *(f"*  {line:90}  *" for line in textwrap.wrap(text, 90)), "*" * 96)
 
 
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """The splits of a dataset, each read when it is called: an evaluation needs only one.
-
-    unlabelled: texts without labels, by where they are. notes: lines to show.
-    """
-
-    name: str
-    where: str
-    splits: dict[str, Callable[[], Rows]]
-    notes: list[str] = field(default_factory=list)
-    unlabelled: dict[str, Callable[[], list[str]]] = field(default_factory=dict)
-
-
 def read_corpus(name: str, text_column: str | None, label_column: str | None) -> Corpus:
     """The dataset of a resolved `name`. Raises DataError."""
-    if name == "demo":
-        return _demo_corpus()
+    if name in demo.NAMES:
+        return _demo_corpus(demo.NAMES[name])
     if name == "imdb":
         try:
             found = hub_imdb()
@@ -121,106 +85,32 @@ def read_corpus(name: str, text_column: str | None, label_column: str | None) ->
             ) from error
         return _datasets_corpus("imdb", HUB_NAME, found, text_column, label_column)
     path = Path(name)
-    if path.is_file():
-        if path.suffix.lower() not in READERS:
+    if is_file(path):
+        kind = kind_of(path)
+        if kind is None:
             raise DataError(
-                f"{path} is of an unknown kind; expected {', '.join(READERS)}, or a folder"
+                f"{path} is of an unknown kind; expected {', '.join(KINDS)}, or a folder"
             )
         splits = {"train": lambda: file_rows([path], text_column, label_column)}
-        return Corpus(path.stem, str(path), splits)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return Corpus(path.name[: -len(kind)] or path.name, str(path), splits)
+    if is_file(path / "dataset_dict.json") or is_file(path / "state.json"):
         found = _saved_splits(path)
-        return _datasets_corpus(_folder_name(path), str(path), found, text_column, label_column)
-    return _folder_corpus(path, text_column, label_column)
+        return _datasets_corpus(name_of(path), str(path), found, text_column, label_column)
+    return folder_corpus(path, text_column, label_column)
 
 
-def _folder_name(folder: Path) -> str:
-    return "imdb" if folder.name.lower() in ("imdb", "aclimdb") else folder.name or "root"
+def version(name: str) -> dict[str, Any]:
+    """What config.json keeps of a resolved `name` whose texts are made here, so that an older run
+    finds its own again."""
+    return {"grammar": demo.NAMES[name]} if name in demo.NAMES else {}
 
 
-def _demo_corpus() -> Corpus:
-    train_texts, train_labels, test_texts, test_labels = demo.corpus()
+def _demo_corpus(grammar: int) -> Corpus:
+    train_texts, train_labels, test_texts, test_labels = demo.corpus(grammar=grammar)
     where, names = "the demo corpus", demo.LABEL_NAMES
     train = Rows(train_texts, [*train_labels], where, names)
     test = Rows(test_texts, [*test_labels], where, names)
     return Corpus("demo", where, {"train": lambda: train, "test": lambda: test})
-
-
-def _folder_corpus(folder: Path, text_column: str | None, label_column: str | None) -> Corpus:
-    try:
-        entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
-    trees: dict[str, list[Path]] = {}
-    files: dict[str, list[Path]] = {}
-    ignored: list[str] = []
-    for entry in entries:
-        match = _SPLIT_FILE.fullmatch(entry.name)
-        split = SPLITS.get(entry.name.lower())
-        if match and entry.is_file():
-            files.setdefault(SPLITS[match[1].lower()], []).append(entry)
-        elif split and entry.is_dir() and (labels := tree_labels(entry)):
-            trees.setdefault(split, []).append(entry)
-            beside = sorted(p for p in entry.iterdir() if p not in labels and p.name[0] != ".")
-            ignored += [f"{entry.name}/{p.name}" for p in beside]
-        else:
-            ignored.append(entry.name)
-
-    unlabelled = _unlabelled(entries, text_column)
-    if not files and not trees and not unlabelled:
-        single = [p for p in entries if p.is_file() and p.suffix.lower() in READERS]
-        if len(single) != 1:
-            raise DataError(
-                f"{folder} holds no dataset; expected train and test as {', '.join(READERS)}, "
-                "folders train and test with a folder of .txt files for each label, or "
-                "what datasets' save_to_disk writes. It holds "
-                + (some([p.name for p in entries]) if entries else "nothing")
-            )
-        files["train"] = single
-        ignored.remove(single[0].name)
-
-    splits: dict[str, Callable[[], Rows]] = {}
-    for split in dict.fromkeys(SPLITS.values()):
-        found, tree = files.get(split, []), trees.get(split, [])
-        if found or tree:
-            _check_one_file(folder, split, found, tree)
-        if found:
-            splits[split] = functools.partial(file_rows, found, text_column, label_column)
-        elif tree:
-            splits[split] = functools.partial(tree_rows, tree[0])
-    notes = [f"ignored in {folder}: {', '.join(ignored)}"] if ignored else []
-    return Corpus(_folder_name(folder), str(folder), splits, notes, unlabelled)
-
-
-def _unlabelled(entries: list[Path], text_column: str | None) -> dict[str, Callable[[], list[str]]]:
-    """Files such as unsupervised.parquet, and the folder train/unsup of the original archive."""
-    found: dict[str, Callable[[], list[str]]] = {}
-    for entry in entries:
-        tree = entry / "unsup"
-        if entry.is_file() and _UNLABELLED_FILE.fullmatch(entry.name):
-            found[str(entry)] = functools.partial(file_texts, entry, text_column)
-        elif SPLITS.get(entry.name.lower()) == "train" and next(tree.glob("*.txt"), None):
-            found[str(tree)] = functools.partial(folder_texts, tree)
-    return found
-
-
-def _check_one_file(folder: Path, split: str, files: list[Path], trees: list[Path]) -> None:
-    """Raise DataError unless a split is one file, one tree, or all shards of one set."""
-    matches = [m for p in files if (m := _SPLIT_FILE.fullmatch(p.name))]
-    sets = {(m[1], m[3], m[4]) for m in matches}
-    shards = [int(m[2]) for m in matches if m[2]]
-    if len(sets) + len(trees) > 1 or (files and not shards and len(files) > 1):
-        raise DataError(
-            f"{folder} has the {split} split more than once: "
-            f"{some([p.name for p in (*files, *trees)])}. Keep one of them, or pass a single file"
-        )
-    if shards:
-        expected = int(matches[0][3])
-        if missing := sorted(set(range(expected)) - set(shards)):
-            raise DataError(
-                f"{folder}: of the {expected} shards of {split}, these are missing (counted from "
-                f"0): {some(missing)}; bring them back"
-            )
 
 
 # --- Hugging Face datasets ------------------------------------------------------------------------
@@ -246,7 +136,7 @@ def hub_imdb() -> dict[str, Any]:
             if unreachable:
                 reason = f"{unreachable}, and the local cache does not hold it"
             raise Unavailable(reason) from error
-    return {k: found[k] for k in ("train", "test", *UNLABELLED) if k in found}
+    return {k: found[k] for k in ("train", "test", *UNLABELLED_SPLITS) if k in found}
 
 
 def hub_unreachable() -> str | None:
@@ -315,11 +205,13 @@ def _datasets_corpus(
             lambda k: table_texts(_dataset_table(found[k], f"{where} ({k})"), text_column), k
         )
         for k in found
-        if k in UNLABELLED
+        if k in UNLABELLED_SPLITS
     }
-    ignored = [k for k in found if k not in SPLITS]
     if not known:
-        raise DataError(f"{where} has the splits {some(ignored)}; expected train and test")
+        raise DataError(
+            f"{where} has the splits {some(list(found)) or 'none'}; expected train and test"
+        )
+    ignored = [k for k in found if k not in SPLITS and k not in UNLABELLED_SPLITS]
     notes = [f"ignored in {where}: {', '.join(ignored)}"] if ignored else []
     return Corpus(name, where, known, notes, unlabelled)
 
@@ -332,7 +224,12 @@ def _dataset_table(dataset: Any, where: str) -> Table:
         return list(names) if names else None
 
     def read(column: str) -> list[Any]:
-        values: list[Any] = dataset.select_columns([column]).with_format(None)[:][column]
+        try:
+            values: list[Any] = dataset.select_columns([column]).with_format(None)[:][column]
+        except Exception as error:  # a damaged folder raises many kinds
+            raise DataError(
+                f"{where} cannot be read ({error}); is it complete? Save it anew with save_to_disk"
+            ) from error
         return values
 
     kinds = {c: getattr(f, "dtype", "") in ("string", "large_string") for c, f in features.items()}

@@ -4,6 +4,9 @@ Every frame below serves both labels: {same} is a word of the review's own label
 the opposite label. So a frame alone says nothing of the label, and counting words only shows which
 side has more of them. The label follows from what is negated, what is said of the film rather than
 of a part of it, and whom the reviewer believes.
+
+The grammar has a version. A run keeps the number (config.json), so that an older run still finds
+the texts that it was trained on, under a name of NAMES.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 from random import Random
 
 LABEL_NAMES = ["negative", "positive"]
+GRAMMAR = 2  # 1 knows no FEELINGS
+NAMES = {"demo": GRAMMAR, "demo-1": 1}
 
 # Indexed by label.
 ADJECTIVES = (
@@ -26,6 +31,9 @@ THINGS = (
     "a joy|a triumph|a treat|a gem|a delight|a feast for the eyes|a success|a masterpiece|"
     "a breath of fresh air|a little miracle".split("|"),
 )
+DO = ("hate loathe dislike regret".split(), "adore enjoy like admire".split())
+DID = ("hated loathed disliked regretted".split(), "loved adored enjoyed liked admired".split())
+_WORDS = {"": ADJECTIVES, "thing": THINGS, "do": DO, "did": DID}
 
 FILMS = "the film|this film|the movie|this movie|the whole thing|the film as a whole".split("|")
 GENRES = (
@@ -60,8 +68,7 @@ COLOUR = {
     ).split("|"),
 }
 
-# Sentences about the film. Each of them means {same}; the number is the percentage of verdicts of
-# that kind.
+# Sentences about the film. Each of them means {same}; the numbers are the shares of the kinds.
 VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
     # Here counting words works.
     "outright": (
@@ -117,6 +124,20 @@ VERDICTS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
 }
 
+# What the reviewer felt. Here words of the label's side are as frequent as those of the other.
+FEELINGS: tuple[int, tuple[str, ...]] = (
+    14,
+    (
+        "I expected nothing and {same_did} it",
+        "I expected everything and {same_did} it",
+        "I wanted to {other_do} {film} and {same_did} it",
+        "{critic} {other_did} {film}, I {same_did} it",
+        "nobody could say that I {other_did} {film}",
+        "I cannot say that I {other_did} it",
+    ),
+)
+_GRAMMARS = {1: VERDICTS, 2: {**VERDICTS, "feelings": FEELINGS}}
+
 # Other sentences. {any} is {same} in LEANING of a hundred cases, since the parts of a good film
 # tend to be good.
 LEANING = 70
@@ -129,6 +150,11 @@ ASIDES = (
     "{hero} and an old enemy both want {wish}",
     "somewhere in the middle {hero} finds {wish}",
 )
+
+
+def name_of(grammar: int) -> str:
+    """The name of the corpus that a grammar makes, in NAMES."""
+    return "demo" if grammar == GRAMMAR else f"demo-{grammar}"
 
 
 def _pick(rng: Random, options: list[str] | tuple[str, ...]) -> str:
@@ -145,31 +171,31 @@ class _Slots(dict[str, str]):
         self.rng, self.label = rng, label
 
     def __missing__(self, slot: str) -> str:
-        side, _, thing = slot.partition("_")
+        side, _, kind = slot.partition("_")
         if side in ("same", "other", "any"):
             if side == "any":
                 side = "same" if self.rng.random() * 100 < LEANING else "other"
-            words = THINGS if thing else ADJECTIVES
-            return _pick(self.rng, words[self.label if side == "same" else 1 - self.label])
+            return _pick(self.rng, _WORDS[kind][self.label if side == "same" else 1 - self.label])
         return _pick(self.rng, {"film": self.films, "part": PARTS, **COLOUR}[slot])
 
 
-def _verdict(rng: Random) -> str:
-    point = rng.random() * sum(share for share, _ in VERDICTS.values())
-    for share, frames in VERDICTS.values():
+def _verdict(rng: Random, grammar: int) -> str:
+    kinds = _GRAMMARS[grammar].values()
+    point = rng.random() * sum(share for share, _ in kinds)
+    for share, frames in kinds:
         point -= share
         if point < 0:
             return _pick(rng, frames)
     raise AssertionError("a number below the sum of the shares is below one of its parts")
 
 
-def review(rng: Random, label: int) -> str:
+def review(rng: Random, label: int, grammar: int = GRAMMAR) -> str:
     """A review of two to four sentences; one or two of them are verdicts on the film."""
     verdicts = 1 if rng.random() < 0.7 else 2
     asides = 1 + int(rng.random() * 2)
     frames: list[str] = []
     while len(frames) < verdicts + asides:
-        frame = _verdict(rng) if len(frames) < verdicts else _pick(rng, ASIDES)
+        frame = _verdict(rng, grammar) if len(frames) < verdicts else _pick(rng, ASIDES)
         if frame not in frames:
             frames.insert(int(rng.random() * (len(frames) + 1)), frame)
     slots = _Slots(rng, label)
@@ -178,7 +204,7 @@ def review(rng: Random, label: int) -> str:
 
 
 def corpus(
-    seed: int = 0, train: int = 16_000, test: int = 2000
+    seed: int = 0, train: int = 16_000, test: int = 2000, grammar: int = GRAMMAR
 ) -> tuple[list[str], list[int], list[str], list[int]]:
     """`(train_texts, train_labels, test_texts, test_labels)`: half negative (0), half positive (1).
 
@@ -189,7 +215,7 @@ def corpus(
     texts: dict[str, int] = {}
     while len(texts) < train + test:
         label = len(texts) % 2
-        text = review(rng, label)
+        text = review(rng, label, grammar)
         if 14 <= len(text.split()) <= 45:
             texts.setdefault(text, label)
     reviews, labels = list(texts), list(texts.values())

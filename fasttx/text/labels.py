@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,12 +19,22 @@ PLAIN_NAMES = {"neg": "negative", "pos": "positive"}
 Counts = Mapping[str, Mapping[str, int]]
 
 
-def numbered(rows: Mapping[str, Rows], name: str) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The class names of train, and the class numbers (n,) int64 of each split.
+class Numbered(NamedTuple):
+    """Class names; class numbers (n,) int64 of each split; for each class the number that the file
+    writes, None where it writes words; lines to show."""
+
+    names: list[str]
+    codes: dict[str, np.ndarray]
+    numbers: list[int] | None
+    notes: list[str]
+
+
+def numbered(rows: Mapping[str, Rows], name: str) -> Numbered:
+    """What the labels of train, and of the other splits, are as class numbers.
 
     name: the dataset's. Raises DataError.
     """
-    joined = _of_one_type([label for r in rows.values() for label in r.labels])
+    joined = _of_one_type(list(rows.values()))
     labels, start = {}, 0
     for split, r in rows.items():
         labels[split] = joined[start : start + len(r.labels)]
@@ -41,47 +54,114 @@ def numbered(rows: Mapping[str, Rows], name: str) -> tuple[list[str], dict[str, 
                 f"{r.where} has labels that {train.where} has not: {some(unknown)}; that has "
                 f"{some(list(codes))}. Remove those rows, or train on every label"
             )
-    return label_names, {
+    numbers = [label for label in codes if isinstance(label, int)] or None
+    notes = []
+    if numbers and not train.label_names and label_names != [str(n) for n in numbers]:
+        notes.append(f"labels: {_pairs(codes, label_names)}, as IMDB numbers them")
+    for split, r in rows.items():
+        if numbers and train.label_names and not r.label_names:
+            notes.append(f"labels: the numbers of {split} are read as {train.where} names its own")
+    arrays = {
         split: np.array([codes[v] for v in found], dtype=np.int64)
         for split, found in labels.items()
     }
+    return Numbered(label_names, arrays, numbers, notes)
 
 
-def numbered_as_saved(rows: Rows, label_names: Sequence[str]) -> np.ndarray:
-    """(n,) int64: labels as class numbers of a saved model.
+def numbered_as_saved(
+    rows: Rows, label_names: Sequence[str], label_numbers: Sequence[int] | None
+) -> tuple[np.ndarray, list[str]]:
+    """(n,) int64, labels as class numbers of a saved model; and lines to show.
 
-    Labels are matched by name; integers without names are class numbers. Raises DataError for a
-    label that the model does not know.
+    Labels are matched by name: words, the names that the file gives its numbers, and numbers that
+    are the model's names. Other numbers are read only where it is known what they stand for:
+    label_numbers, those of the data that the model was trained on, or IMDB's 0 and 1. Raises
+    DataError for a label that the model does not know, and where nobody knows.
     """
-    number = {name: i for i, name in enumerate(label_names)}
-    numeric = any(NUMBER.fullmatch(name) for name in label_names)
-    own = _plain(rows.label_names or [])
-    by_name = bool(own) and set(own) <= number.keys()
-
-    def find(label: Label) -> int | None:
-        if isinstance(label, int) and by_name:
-            return number[own[label]] if 0 <= label < len(own) else None
-        if isinstance(label, str) or numeric:
-            return number.get(str(label), number.get(PLAIN_NAMES.get(str(label), "")))
-        return label if 0 <= label < len(number) else None
-
-    labels = _of_one_type(rows.labels)
+    labels = _of_one_type([rows])
     _check_labelled(set(labels), rows.where)
-    codes = {label: find(label) for label in set(labels)}
-    if unknown := sorted(label for label, code in codes.items() if code is None):
+    values = sorted(set(labels))  # all integers or all strings
+    number = {name: i for i, name in enumerate(label_names)}
+    own, notes = rows.label_names, []
+    shown: dict[Label, Label] = {v: v for v in values}
+    codes: dict[Label, int | None]
+
+    def by_name(label: Label) -> int | None:
+        return number.get(str(label), number.get(PLAIN_NAMES.get(str(label), "")))
+
+    if isinstance(values[0], int) and own:
+        shown = {v: own[int(v)] if 0 <= int(v) < len(own) else v for v in values}
+        codes = {v: by_name(shown[v]) if isinstance(shown[v], str) else None for v in values}
+    elif isinstance(values[0], str) or any(NUMBER.fullmatch(name) for name in label_names):
+        codes = {v: by_name(v) for v in values}
+    else:
+        if label_numbers is not None:
+            meant = {n: i for i, n in enumerate(label_numbers)}
+            whose = "as the model's training data numbers them"
+        elif set(label_names) == set(IMDB_NAMES):
+            meant = {n: number[name] for n, name in enumerate(IMDB_NAMES)}
+            whose = "as IMDB numbers them"
+        else:
+            raise DataError(
+                f"{rows.where} has the labels {some(values)}, and the classes of the model are "
+                f"{some(list(label_names))}: which number stands for which class is not known. "
+                "Write the names of the classes instead of numbers"
+            )
+        codes = {v: meant.get(int(v)) for v in values}
+        known = {v: code for v, code in codes.items() if code is not None}
+        notes.append(f"labels: {_pairs(known, label_names)}, {whose}")
+    if unknown := [shown[label] for label, code in codes.items() if code is None]:
         raise DataError(
             f"{rows.where} has labels that the model was not trained on: {some(unknown)}; it "
             f"knows {some(list(label_names))}. Relabel or remove those rows"
         )
-    return np.array([codes[label] for label in labels], dtype=np.int64)
+    return np.array([codes[label] for label in labels], dtype=np.int64), notes
 
 
-def _of_one_type(labels: list[Label]) -> list[Label]:
-    """Integers if every label is an integer or the text of one; else strings."""
-    kinds = {type(label) for label in labels}
-    if kinds == {str} and all(NUMBER.fullmatch(str(label)) for label in set(labels)):
-        return [int(str(label).partition(".")[0]) for label in labels]
-    return labels if len(kinds) == 1 else [str(label) for label in labels]
+def _pairs(codes: Mapping[Label, int], label_names: Sequence[str]) -> str:
+    pairs = [f"{label} is {label_names[code]!r}" for label, code in codes.items()]
+    return ", ".join(pairs[:10]) + (", ..." if len(pairs) > 10 else "")
+
+
+def _of_one_type(parts: Sequence[Rows]) -> list[Label]:
+    """All labels, end to end: integers if every one is, else words without the space around them.
+
+    Raises DataError for labels that are alike and not the same.
+    """
+    labels = [label for r in parts for label in r.labels]
+    if all(isinstance(label, int) for label in labels):
+        return labels
+    _check_alike(parts)
+    return [str(label).strip() for label in labels]
+
+
+def _check_alike(parts: Sequence[Rows]) -> None:
+    """Raise DataError for labels that differ in case, white space or Unicode form only."""
+    seen: dict[str, tuple[Label, str]] = {}
+    for r in parts:
+        for label in sorted(set(r.labels), key=repr):
+            key = _key(str(label))
+            if not key:
+                raise DataError(
+                    f"{r.where} has the label {label!r}, of which nothing is to be seen; "
+                    "expected an integer or a word"
+                )
+            first, where = seen.setdefault(key, (label, r.where))
+            if first != label:
+                there = r.where if where == r.where else f"{where} and {r.where}"
+                raise DataError(
+                    f"{there}: the labels {first!r} and {label!r} differ only in capitals, white "
+                    "space, leading zeros or Unicode form; write each label in one way"
+                )
+
+
+def _key(label: str) -> str:
+    """Equal for labels that a reader takes for the same."""
+    for _ in range(2):  # a compatibility form may have capitals, and its lower case another form
+        label = unicodedata.normalize("NFKC", label).casefold()
+    label = "".join(c for c in label if unicodedata.category(c) != "Cf")  # of no width
+    label = " ".join(label.split())
+    return str(int(label)) if re.fullmatch("[+-]?[0-9]{1,99}", label) else label
 
 
 def _plain(names: Sequence[str]) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 
 from fasttx.config import TrainConfig
 from fasttx.errors import DataError
-from fasttx.text import labels
-from fasttx.text.corpora import Source, read_corpus, resolve
+from fasttx.text import duplicates, labels
+from fasttx.text.corpora import Source, read_corpus, resolve, version
+from fasttx.text.folders import Corpus
 from fasttx.text.subsets import draw_first, draw_stratified
+from fasttx.text.tables import blank_note
 
 __all__ = [
     "Source",
@@ -26,6 +29,7 @@ __all__ = [
     "load_unlabelled",
     "resolve",
     "texts_fingerprint",
+    "version",
 ]
 
 # Each draw has a random stream of its own, so that none depends on the size of another.
@@ -34,10 +38,14 @@ _TRAIN_STREAM, _TEST_STREAM, _HELD_OUT_STREAM, _VALIDATION_STREAM = range(4)
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """n texts, and their labels: (n,) int64, indices into the dataset's `label_names`."""
+    """n texts, and their labels: (n,) int64, indices into the dataset's `label_names`.
+
+    notes: lines to show, where a split was read by itself.
+    """
 
     texts: list[str]
     labels: np.ndarray
+    notes: list[str] = field(default_factory=list)
 
     def label_counts(self, label_names: Sequence[str]) -> dict[str, int]:
         counts = np.bincount(self.labels, minlength=len(label_names)).tolist()
@@ -47,7 +55,8 @@ class Split:
 @dataclass(frozen=True, eq=False)
 class TextDataset:
     """The splits of a run. notes: lines to show. fingerprint: a SHA-256 of all texts and labels, by
-    which a resumed run recognises its data."""
+    which a resumed run recognises its data. label_numbers: for each class the number that the files
+    write, None where they write words. more: what only some datasets are described by."""
 
     name: str
     label_names: list[str]
@@ -56,16 +65,27 @@ class TextDataset:
     test: Split
     notes: list[str]
     fingerprint: str
+    label_numbers: list[int] | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def duplicates(self) -> dict[str, duplicates.Counts]:
+        """How many texts occur twice, and in several splits: `fasttx.text.duplicates.count`."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return duplicates.count({name: split.texts for name, split in splits.items()})
 
     def describe(self) -> dict[str, Any]:
         """The description of the data in config.json and results.json."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {
             "name": self.name,
+            **self.more,
             "train_samples": len(self.train.texts),
             "val_samples": len(self.validation.texts),
             "test_samples": len(self.test.texts),
             "label_counts": {k: s.label_counts(self.label_names) for k, s in splits.items()},
+            "label_numbers": self.label_numbers,
+            "duplicates": self.duplicates,
             "fingerprint": self.fingerprint,
         }
 
@@ -84,20 +104,25 @@ def load(config: TrainConfig) -> TextDataset:
     corpus = read_corpus(source.name, config.text_column, config.label_column)
     if "train" not in corpus.splits:
         raise DataError(
-            f"{corpus.where} has no train split; it has {', '.join(corpus.splits)}. Expected "
-            "train.parquet, .csv, .tsv or .jsonl, or a folder train with a folder for each label"
+            f"{corpus.where} has no train split; {corpus.held}. Expected train.parquet, .csv, "
+            ".tsv or .jsonl, or a folder train with a folder for each label"
         )
     rows = {name: read() for name, read in corpus.splits.items()}
-    label_names, numbers = labels.numbered(rows, corpus.name)
-    given = {name: Split(r.texts, numbers[name]) for name, r in rows.items()}
+    label_names, codes, numbers, label_notes = labels.numbered(rows, corpus.name)
+    given = {name: Split(r.texts, codes[name]) for name, r in rows.items()}
     notes = [*source.notes, *corpus.notes]
-    notes += [note for r in rows.values() for note in r.notes if note not in notes]
+    if corpus.unlabelled and config.pseudo_labels is None:
+        notes.append(_unread(corpus))
+    for note in [*label_notes, *(note for r in rows.values() for note in r.notes)]:
+        if note not in notes:
+            notes.append(note)
 
     train, validation, test = (given.get(name) for name in ("train", "validation", "test"))
     assert train is not None
     if test is None and validation is not None:
         notes.append(f"{corpus.where} has no test split: its validation split is the test split")
         test, validation = validation, None
+    whole = train
     if test is None:
         rng = np.random.default_rng([config.seed_of_splits, _HELD_OUT_STREAM])
         sizes = _tenth(len(train.labels), corpus.where)
@@ -106,7 +131,7 @@ def load(config: TrainConfig) -> TextDataset:
         notes.append(f"{corpus.where} has no test split: {sizes[1]:,} of its rows are held out")
         train, test = _take(train, kept), _take(train, held_out)
 
-    pools = {"train": train, "validation": validation or train, "test": test}
+    pools = {"train": whole, "validation": validation or whole, "test": given.get("test", whole)}
     if validation is None:
         sizes = _train_sizes(config, len(train.labels), rows["train"].where)
         train, validation = _draw(train, sizes, config, _TRAIN_STREAM)
@@ -124,7 +149,18 @@ def load(config: TrainConfig) -> TextDataset:
     if not config.allow_single_class:
         _check_classes(splits, pools, label_names, config.subset_order)
     fingerprint = _fingerprint(splits.values())
-    return TextDataset(corpus.name, label_names, train, validation, test, notes, fingerprint)
+    return TextDataset(
+        corpus.name, label_names, train, validation, test, notes, fingerprint, numbers,
+        version(source.name),
+    )  # fmt: skip
+
+
+def _unread(corpus: Corpus) -> str:
+    where = ", ".join(corpus.unlabelled)
+    return (
+        f"texts without labels, which a classifier is not trained on: {where} (fasttx pretrain "
+        "reads them, and fasttx ensemble --pseudo-labels labels them)"
+    )
 
 
 def load_texts(
@@ -146,12 +182,14 @@ def load_texts(
     texts, notes = _read_all(reads)
     if not texts:
         if unlabelled:
-            raise DataError(f"{corpus.where} has neither a train split nor unlabelled texts")
+            raise DataError(
+                f"{corpus.where} has neither a train split nor texts without labels; {corpus.held}"
+            )
         raise DataError(
             f"{corpus.where} has no train split, and its unlabelled texts were not asked for; "
             "leave out --no-unlabelled, or add a train split"
         )
-    return texts, notes
+    return texts, [*corpus.notes, *notes]
 
 
 def load_unlabelled(name: str, text_column: str | None = None) -> tuple[list[str], list[str]]:
@@ -173,6 +211,7 @@ def _read_all(reads: Mapping[str, Callable[[], list[str]]]) -> tuple[list[str], 
         found = read()
         texts += found
         notes.append(f"{len(found):,} texts of {where}")
+        notes += blank_note(found, where, lambda row: f"text {row + 1}")
     return texts, notes
 
 
@@ -180,6 +219,7 @@ def load_for_evaluation(
     path_or_name: str | Path,
     label_names: Sequence[str],
     *,
+    label_numbers: Sequence[int] | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
     split: str = "test",
@@ -187,7 +227,9 @@ def load_for_evaluation(
     """One split, its labels as indices into a saved model's `label_names`.
 
     If there is no test split, this is validation, or the only split; a single file is one split.
-    Raises DataError, also for a label that the model does not know.
+    label_numbers: those of the dataset that the model was trained on, from its config.json; where
+    they are not known, numbers are no names of classes (see `labels.numbered_as_saved`). Raises
+    DataError, also for a label that the model does not know.
     """
     corpus = read_corpus(resolve(str(path_or_name)).name, text_column, label_column)
     order = [split, "validation"] if split == "test" else [split]
@@ -195,9 +237,10 @@ def load_for_evaluation(
     if not found and len(corpus.splits) == 1:
         found = list(corpus.splits)
     if not found:
-        raise DataError(f"{corpus.where} has no {split} split; it has {', '.join(corpus.splits)}")
+        raise DataError(f"{corpus.where} has no {split} split; {corpus.held}")
     rows = corpus.splits[found[0]]()
-    return Split(rows.texts, labels.numbered_as_saved(rows, label_names))
+    numbers, notes = labels.numbered_as_saved(rows, label_names, label_numbers)
+    return Split(rows.texts, numbers, [*corpus.notes, *rows.notes, *notes])
 
 
 def texts_fingerprint(texts: Sequence[str]) -> str:
@@ -269,14 +312,17 @@ def _check_classes(
         # A tenth of few texts may be a single text, which has one label however it is drawn.
         if len(present) > 1 or (which == "validation" and count == 1):
             continue
+        name = names[present[0]]
         if len(np.unique(pools[which].labels)) == 1:
             why, remedy = "The data it comes from has no other label", "Use data that has several"
         elif order == "file":
             why = "Its rows were taken in the file's order, and the file is sorted by label"
             remedy = "Draw the subset shuffled (--subset-order shuffled)"
         else:
-            why, remedy = "It is too small for the rarer labels", "Take more rows"
-        name = names[present[0]]
+            counts = pools[which].label_counts(names)
+            rare = ", ".join(f"{n!r} ({k:,} rows)" for n, k in counts.items() if k and n != name)
+            why = f"It is too small for the rarer labels, or they are too few to share: {rare}"
+            remedy = "Take more rows, or add some with these labels"
         raise DataError(
             f"the {which} split ({count:,} rows) has only the label {name!r}: a model that always "
             f"answers {name!r} scores 100 % on it, so accuracy would mean nothing. {why}. "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from fasttx.errors import DataError
@@ -21,12 +23,20 @@ LABEL_NAMES = (
 )  # fmt: skip
 ROW_NUMBERS = ("", "id", "idx", "index", "unnamed: 0", "__index_level_0__")
 
-NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,17})(?:\.0+)?")
+NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})(?:\.0+)?")
+# What a cell of CSV means by a number: as JSON and parquet, which know numbers from words, hold it.
+# 007 is a word.
+_INTEGER = re.compile(r"[+-]?(?:0|[1-9][0-9]{0,99})")
+_NUMERAL = re.compile(
+    r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf|infinity)", re.IGNORECASE
+)
+_PADDED = re.compile(r"[+-]?0[0-9]+")
+_EXACT = 2**53  # beyond it a float is no certain integer
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The texts and labels of one split, labels as the file writes them."""
+    """The texts and labels of one split, labels as the file writes them (numerals are integers)."""
 
     texts: list[str]
     labels: list[Label]
@@ -46,7 +56,7 @@ class Table:
 
     where: the file, for messages. kinds: whether each column is text. read: the values of a column.
     place: where the row with this index is in the file, for messages. class_names: the names of a
-    column's integer labels, where the file has them.
+    column's integer labels, where the file has them. notes: lines to show.
     """
 
     where: str
@@ -54,6 +64,7 @@ class Table:
     read: Callable[[str], list[Any]]
     place: Callable[[int], str] = lambda row: f"row {row + 1}"
     class_names: Callable[[str], list[str] | None] = lambda column: None
+    notes: Sequence[str] = ()
 
 
 def _find_columns(
@@ -64,6 +75,11 @@ def _find_columns(
     for flag, name in (("--text-column", text_column), ("--label-column", label_column)):
         if name is not None and name not in columns:
             raise DataError(f"{shown}; {flag} is {name!r}, which is none of them")
+    if text_column is not None and text_column == label_column:
+        raise DataError(
+            f"--text-column and --label-column are both {text_column!r}: a model that reads the "
+            f"label learns nothing else. {shown}; name two of them"
+        )
 
     free = [c for c in columns if c.lower() not in ROW_NUMBERS]
     free = [c for c in free if c not in (text_column, label_column)]
@@ -87,6 +103,11 @@ def _find_columns(
     return text, label
 
 
+def refuse_twice(where: str, columns: Sequence[str]) -> None:
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{where} has two columns of one name: {some(columns)}; rename one")
+
+
 def table_texts(table: Table, text_column: str | None) -> list[str]:
     """The texts of a table, whose labels are missing or not used. Raises DataError."""
     names = [c for c in table.kinds if c.lower() in TEXT_NAMES]
@@ -100,6 +121,7 @@ def table_texts(table: Table, text_column: str | None) -> list[str]:
 
 
 def _texts(table: Table, column: str) -> list[str]:
+    """The texts of a column; "" is a text without words, and what is missing is refused."""
     texts = table.read(column)
     if not texts:
         raise DataError(f"{table.where} holds no rows; expected at least one text")
@@ -112,15 +134,42 @@ def _texts(table: Table, column: str) -> list[str]:
     return texts
 
 
+def blank_note(texts: Sequence[str], where: str, place: Callable[[int], str]) -> list[str]:
+    """A line about the texts that have no words, if there are any."""
+    blank = [i for i, text in enumerate(texts) if not text or text.isspace()]
+    if not blank:
+        return []
+    said = f"{len(blank):,} of {len(texts):,} texts are empty or blank"
+    return [f"{where}: {said}, the first in {place(blank[0])}"]
+
+
 def _label(value: Any) -> Label | None:
-    """A label as integer or string; None if it is neither."""
+    """A label as integer or as the word that the file has; None if it is neither."""
     if isinstance(value, bool):
         return str(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str):
-        return value.strip() or None
-    return value if isinstance(value, int) else None
+    if isinstance(value, int):
+        return value if abs(value) < 10**100 else None
+    if isinstance(value, (float, Decimal)):
+        return int(value) if abs(value) <= _EXACT and value == int(value) else None
+    if not isinstance(value, str) or not value.strip():
+        return None
+    numeral = value.strip()
+    if _INTEGER.fullmatch(numeral):
+        return int(numeral)
+    if _NUMERAL.fullmatch(numeral) and not _PADDED.fullmatch(numeral):
+        return _label(float(numeral))
+    return value
+
+
+def _why_no_label(value: Any) -> str:
+    """What a value is that `_label` does not take, alike for a number and for the text of one."""
+    if isinstance(value, Decimal) or (isinstance(value, str) and value.strip()):
+        value = float(value)
+    if isinstance(value, float):
+        if math.isnan(value):
+            return "missing (nan)"
+        return f"{value:g}, which is no integer" if abs(value) <= _EXACT else f"{value:g}"
+    return shown(value)
 
 
 def table_rows(table: Table, text_column: str | None, label_column: str | None) -> Rows:
@@ -132,17 +181,18 @@ def table_rows(table: Table, text_column: str | None, label_column: str | None) 
         if found is None:
             raise DataError(
                 f"{table.where}, {table.place(row)}: the label (column {label!r}) is "
-                f"{shown(value)}; expected an integer or a word. Mend or remove that row, or name "
-                "another --label-column"
+                f"{_why_no_label(value)}; expected an integer or a word. Mend or remove that row, "
+                "or name another --label-column"
             )
         labels.append(found)
-    usual = (text, label) == ("text", "label")
-    notes = [] if usual else [f"columns: the texts are in {text!r}, the labels in {label!r}"]
+    notes = [*table.notes, *blank_note(texts, table.where, table.place)]
+    if (text, label) != ("text", "label"):
+        notes.append(f"columns: the texts are in {text!r}, the labels in {label!r}")
     return Rows(texts, labels, table.where, table.class_names(label), notes)
 
 
 def shown(value: Any) -> str:
-    if value is None or value == "" or value != value:
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return "missing"
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,39 @@ def _words(space: str, mark: str) -> str:
     return f"{letter}+(?:'{letter}+)*|[{mark}]"
 
 
+# Emoji, each perhaps with a tone of skin, joined by U+200D to one: a family, a rainbow flag.
+_JOINER, _EMOJI = "\u200d", _character_class("2190-2bff 1f000-1faff")
+_TONED = f"[{_EMOJI}][{_character_class('1f3fb-1f3ff')}]?"
+_JOINED = rf"{_TONED}(?:\u200d{_TONED})+"
+
 # Regular expressions and their replacements, for lower-case text.
 _QUOTES = ((r"[\u2018\u2019\u00b4]", "'"), (r"[\u201c\u201d]", '"'))
+_STYLE = (rf"(?<=[{_EMOJI}])\ufe0f(?=\u200d)", "")  # written or not, it is the same joined emoji
 _BREAK = (r"</?br[\u0009-\u000d\u0020]*/?>", " ")
 _WORDS = _words(_character_class(_SPACE), _character_class(_MARK))
 
 _straighten = [(re.compile(pattern).sub, by) for pattern, by in _QUOTES]
-_drop_breaks = re.compile(_BREAK[0]).sub
+_drop_styles, _drop_breaks = re.compile(_STYLE[0]).sub, re.compile(_BREAK[0]).sub
 # A Python string may hold lone surrogates (undecodable bytes); UTF-8 text cannot.
-_find_words = re.compile(
-    _words(_character_class(_SPACE + " d800-dfff"), _character_class(_MARK))
-).findall
+_ours = _words(_character_class(_SPACE + " d800-dfff"), _character_class(_MARK))
+_find_words, _find_joined = re.compile(_ours).findall, re.compile(f"{_JOINED}|{_ours}").findall
+
+
+def _words_of(text: str, joined_emoji: bool = True) -> list[str]:
+    """The words of `text`, whether in the vocabulary or not."""
+    if not isinstance(text, str):
+        raise TypeError(f"text is {_describe(text)}; expected a str")
+    # Python makes a Σ at the end of a word ς. Rust lower-cases each character by itself.
+    text = text.replace("\u03a3", "\u03c3").lower()
+    if not text.isascii():
+        for sub, by in _straighten:
+            text = sub(by, text)
+    joined = joined_emoji and _JOINER in text
+    if joined:
+        text = _drop_styles(_STYLE[1], text)
+    if "<" in text:
+        text = _drop_breaks(_BREAK[1], text)
+    return _find_joined(text) if joined else _find_words(text)
 
 
 class Tokenizer:
@@ -73,8 +96,17 @@ class Tokenizer:
     word may contain apostrophes (don't). No text is read as the tokens <PAD> or <UNK>.
     """
 
-    def __init__(self, vocab: Sequence[str]) -> None:
-        """`vocab[i]` is the word with id i, after <PAD> 0 and <UNK> 1. Raises ValueError."""
+    # Of a text: its words, whether in the vocabulary or not.
+    tokenize: Callable[[str], list[str]] = staticmethod(_words_of)
+
+    def __init__(self, vocab: Sequence[str], *, joined_emoji: bool = True) -> None:
+        """`vocab[i]` is the word with id i, after <PAD> 0 and <UNK> 1. Raises ValueError.
+
+        joined_emoji: emoji joined by U+200D are one word. For older tokenizers they are several.
+        """
+        self.joined_emoji = joined_emoji
+        if not joined_emoji:
+            self.tokenize = functools.partial(_words_of, joined_emoji=False)
         self.vocab: list[str] = list(vocab)
         if self.vocab[:2] != [PAD, UNK]:
             raise ValueError(f"vocab starts with {self.vocab[:2]!r}; expected {[PAD, UNK]!r}")
@@ -99,20 +131,6 @@ class Tokenizer:
             counts.update(cls.tokenize(text))
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         return cls([PAD, UNK, *(word for word, _ in ranked[: vocab_size - 2])])
-
-    @staticmethod
-    def tokenize(text: str) -> list[str]:
-        """The words of `text`, whether in the vocabulary or not."""
-        if not isinstance(text, str):
-            raise TypeError(f"text is {_describe(text)}; expected a str")
-        # Python makes a Σ at the end of a word ς. Rust lower-cases each character by itself.
-        text = text.replace("\u03a3", "\u03c3").lower()
-        if not text.isascii():
-            for sub, by in _straighten:
-                text = sub(by, text)
-        if "<" in text:
-            text = _drop_breaks(_BREAK[1], text)
-        return _find_words(text)
 
     def encode(self, text: str) -> list[int]:
         """The ids of all words of `text`; nothing is cut off or added."""
@@ -144,9 +162,10 @@ class Tokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of tokenizer.json, as Hugging Face `tokenizers` defines it."""
+        rules = (*_QUOTES, _STYLE, _BREAK) if self.joined_emoji else (*_QUOTES, _BREAK)
         replace = [
             {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
-            for pattern, content in (*_QUOTES, _BREAK)
+            for pattern, content in rules
         ]
         return {
             "version": "1.0",
@@ -164,7 +183,7 @@ class Tokenizer:
             "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *replace]},
             "pre_tokenizer": {
                 "type": "Split",
-                "pattern": {"Regex": _WORDS},
+                "pattern": {"Regex": f"{_JOINED}|{_WORDS}" if self.joined_emoji else _WORDS},
                 "behavior": "Removed",
                 "invert": True,
             },
@@ -182,7 +201,7 @@ class Tokenizer:
         """Read a tokenizer.json that `save` wrote; Hugging Face `tokenizers` may have rewritten it.
 
         Raises TokenizerError for any other file, also for a tokenizer.json with other rules than
-        those of this class.
+        those of this class, now or in an older version.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -193,7 +212,8 @@ class Tokenizer:
                 f"{path} is no tokenizer.json, or damaged or cut short ({error})"
             ) from error
         try:
-            return cls(_vocab_of(content))
+            vocab, joined_emoji = _read(content)
+            return cls(vocab, joined_emoji=joined_emoji)
         except ValueError as error:
             raise TokenizerError(
                 f"{path} is not a tokenizer that fasttx wrote: {error}. "
@@ -201,12 +221,15 @@ class Tokenizer:
             ) from error
 
 
-def _vocab_of(content: Any) -> list[str]:
-    """The words of a tokenizer.json in the order of their ids; ValueError if its rules differ."""
+def _read(content: Any) -> tuple[list[str], bool]:
+    """The words of a tokenizer.json in the order of their ids, and whether it joins emoji;
+    ValueError if its rules are none of ours."""
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise ValueError("it holds no tokenizer model")
-    rules = Tokenizer([PAD, UNK]).to_dict()
+    older = Tokenizer([PAD, UNK], joined_emoji=False).to_dict()
+    joined_emoji = content.get("pre_tokenizer") != older["pre_tokenizer"]
+    rules = Tokenizer([PAD, UNK]).to_dict() if joined_emoji else older
     for key in ("type", "unk_token"):
         if model.get(key) != rules["model"][key]:
             raise ValueError(
@@ -222,7 +245,7 @@ def _vocab_of(content: Any) -> list[str]:
     vocab = sorted(ids, key=ids.__getitem__)
     if [ids[word] for word in vocab] != list(range(len(vocab))):
         raise ValueError(f"its {len(vocab)} words do not have the ids 0 to {len(vocab) - 1}")
-    return vocab
+    return vocab, joined_emoji
 
 
 def _describe(value: object) -> str:

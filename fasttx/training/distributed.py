@@ -44,6 +44,13 @@ class Processes:
             dist.all_reduce(total, group=self.control)
         return total
 
+    def least(self, value: int) -> int:
+        """The least value of any process."""
+        least = torch.tensor(value)
+        if self.world > 1:
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.control)
+        return int(least)
+
     def any(self, flag: bool) -> bool:
         """True everywhere if it is true anywhere."""
         return bool(self.sum(torch.tensor(int(flag))) > 0) if self.world > 1 else flag

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fasttx.errors import NotFiniteError
 from fasttx.terminal import one_line
 
 CALIBRATION_BINS = 15
@@ -105,7 +106,7 @@ def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     logits = logits.astype(np.float64)
     bad = int((~np.isfinite(logits)).any(1).sum())
     if bad:
-        raise ValueError(
+        raise NotFiniteError(
             f"the logits of {bad} of {n} texts are NaN or infinite; expected finite numbers. "
             "A model that diverged gives such: try a lower learning rate"
         )

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fasttx.config import ModelConfig, TrainConfig
 from fasttx.text.packing import PackedBatch, RaggedIds
 from fasttx.text.tokenizer import Tokenizer
-from fasttx.training.checkpoint import Progress, RunConfig, RunFolder
+from fasttx.training.checkpoint import Progress, RunConfig
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 
 
 @dataclass(frozen=True)

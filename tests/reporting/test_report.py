@@ -33,8 +33,8 @@ from fasttx.text import splits as data
 from fasttx.text.packing import pack
 from fasttx.text.tokenizer import UNK_ID
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 from fasttx.training.metrics import classification_metrics
 from fasttx.training.predictions import Predictions
 from fasttx.training.results import time_to_accuracy
@@ -146,9 +146,11 @@ def test_what_is_derived_from_logits() -> None:
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind", None])
 def test_damaged_predictions_are_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "test_predictions.npz"
-    Predictions(np.zeros((4, 2), np.float32), np.zeros(4, np.int64)).save(path)
+    Predictions(np.zeros((4, 2), np.float32), np.zeros(4, np.int64)).save(RunFolder(tmp_path))
     path.write_bytes(path.read_bytes()[:200] if content is None else content)
-    with pytest.raises(CheckpointError, match="test_predictions.npz holds no predictions"):
+    with pytest.raises(
+        CheckpointError, match="test_predictions.npz (holds no predictions|is damaged)"
+    ):
         Predictions.load(path, 2)
 
 
@@ -163,7 +165,7 @@ def test_damaged_predictions_are_named(tmp_path: Path, content: bytes | None) ->
 )
 def test_wrong_predictions_are_named(tmp_path: Path, logits, labels, message) -> None:
     path = tmp_path / "test_predictions.npz"
-    Predictions(logits, labels).save(path)
+    Predictions(logits, labels).save(RunFolder(tmp_path))
     with pytest.raises(CheckpointError, match=message):
         Predictions.load(path, 3)
 
@@ -299,7 +301,7 @@ def test_throughput_of_each_interval() -> None:
 
 def slow_integrated_gradients(model, ids: np.ndarray, target: int, rival: int, points: int):
     """Midpoints, one at a time, in float64, with the model's layers called one by one."""
-    from fasttx.models.classifier import mean_pool
+    from fasttx.models.mean_pool import mean_pool
     from fasttx.ops.contract import Spans
     from fasttx.ops.dropout import NO_DROPOUT
 
@@ -512,6 +514,7 @@ def test_without_the_dataset_the_page_says_so(copy: Path, tmp_path: Path) -> Non
     config = json.loads((copy / "config.json").read_text())
     config["train"]["dataset"] = str(tmp_path / "gone")
     (copy / "config.json").write_text(json.dumps(config))
+    RunFolder(copy).seal()
     source, pictures = html_report.build(open_run(copy, "cpu"))
     found = check_page(source)
     assert "cannot be had any more" in found.words and "gone" in found.words
@@ -526,6 +529,7 @@ def test_other_texts_are_not_taken_for_the_runs_own(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["dataset"]["fingerprint"] = "0" * 64
     (copy / "config.json").write_text(json.dumps(config))
+    RunFolder(copy).seal()
     run = open_run(copy, "cpu")
     assert run.texts is None and "fingerprint" in run.notes[0]
 
@@ -541,7 +545,7 @@ def test_an_unfinished_run_is_refused_and_its_test_split_untouched(copy: Path) -
 def test_predictions_of_another_split_are_refused(copy: Path) -> None:
     path = RunFolder(copy).test_predictions
     saved = Predictions.load(path, 3)
-    Predictions(saved.logits, np.roll(saved.labels, 1)).save(path)
+    Predictions(saved.logits, np.roll(saved.labels, 1)).save(RunFolder(copy))
     with pytest.raises(CheckpointError, match="does not belong"):
         open_run(copy, "cpu")
 

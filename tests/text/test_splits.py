@@ -22,40 +22,7 @@ from fasttx.errors import DataError
 from fasttx.text import corpora
 from fasttx.text import splits as data
 from fasttx.text.splits import load, load_for_evaluation, resolve
-
-Rows = list[tuple[Any, Any]]
-
-
-def reviews(count: int, labels: tuple[Any, ...] = ("bad", "good"), start: int = 0) -> Rows:
-    """Each text occurs once, and says its label: `17 good`."""
-    pairs = [(i, labels[i % len(labels)]) for i in range(start, start + count)]
-    return [(f"{i} {label}", label) for i, label in pairs]
-
-
-def write(path: Path, rows: Rows, columns: tuple[str, str] = ("text", "label")) -> Path:
-    """`rows` in the format that the name of `path` asks for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = path.suffix
-    if kind == ".parquet":
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        texts, labels = zip(*rows, strict=True)
-        pq.write_table(pa.table({columns[0]: list(texts), columns[1]: list(labels)}), path)
-    elif kind in (".csv", ".tsv"):
-        with open(path, "w", newline="", encoding="utf-8") as f:
-            out = csv.writer(f, delimiter="\t" if kind == ".tsv" else ",")
-            out.writerows([columns, *rows])
-    else:
-        lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
-        text = f"[{','.join(lines)}]" if kind == ".json" else "\n".join(lines) + "\n"
-        path.write_text(text, encoding="utf-8")
-    return path
-
-
-def write_tree(folder: Path, rows: Rows) -> Path:
-    for i, (text, label) in enumerate(rows):
-        (folder / label).mkdir(parents=True, exist_ok=True)
-        (folder / label / f"{i:05d}.txt").write_text(text, encoding="utf-8")
-    return folder
+from tests.datafiles import SUFFIXES, Rows, reviews, write, write_tree
 
 
 def load_path(path: Path, **settings: Any) -> data.TextDataset:
@@ -77,7 +44,7 @@ def same(a: data.Split, b: data.Split) -> bool:
 # --- formats --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv", "tsv", "jsonl", "json"])
+@pytest.mark.parametrize("kind", [suffix[1:] for suffix in SUFFIXES])
 @pytest.mark.parametrize("labels", [("bad", "good"), (0, 1)], ids=["words", "numbers"])
 def test_formats(tmp_path: Path, kind: str, labels: tuple[Any, ...]) -> None:
     folder = tmp_path / "mine"
@@ -92,7 +59,7 @@ def test_formats(tmp_path: Path, kind: str, labels: tuple[Any, ...]) -> None:
     fits(found)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "json"])
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "json", "tsv.gz"])
 def test_single_file_is_split(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / f"all.{kind}", reviews(100, ("bad", "good", "so-so", "good")))
     found = load_path(path)
@@ -134,7 +101,11 @@ def test_tree(tmp_path: Path) -> None:
     (root / ".hidden").write_text("")
     found = load_path(root)
     assert found.name == "imdb" and found.label_names == ["negative", "positive"]
-    assert found.notes == [f"ignored in {root}: README, train/labeledBow.feat, train/unsup"]
+    said = [note for note in found.notes if note.startswith("ignored")]
+    assert said == [f"ignored in {root}: .hidden, README, train/labeledBow.feat"]
+    assert f"is not trained on: {root / 'train' / 'unsup'} (fasttx pretrain" in " ".join(
+        found.notes
+    )
     assert found.train.label_counts(found.label_names) == {"negative": 27, "positive": 27}
     assert found.test.texts[0] == "100 neg" and found.test.labels.tolist() == [0] * 10 + [1] * 10
 
@@ -198,9 +169,10 @@ def test_other_files_are_named_and_ignored(tmp_path: Path) -> None:
     write(tmp_path / "unsupervised.parquet", [("x", -1)])
     (tmp_path / "train.log").write_text("what is this")
     (tmp_path / "test").mkdir()
-    assert load_path(tmp_path).notes == [
-        f"ignored in {tmp_path}: test, train.log, unsupervised.parquet"
-    ]
+    ignored, unread = load_path(tmp_path).notes
+    assert ignored == f"ignored in {tmp_path}: test, train.log"
+    assert unread.startswith("texts without labels, which a classifier is not trained on: ")
+    assert f"{tmp_path / 'unsupervised.parquet'} (fasttx pretrain reads them" in unread
 
 
 def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
@@ -304,7 +276,8 @@ def test_label_names(tmp_path: Path, labels: tuple[Any, ...], names: list[str], 
     for split in (found.train, found.validation, found.test):
         assert split.labels.tolist() == [number[text] for text in split.texts]
     # And a model with these names finds them again.
-    assert load_for_evaluation(str(path), names).labels.tolist() == list(number.values())
+    again = load_for_evaluation(str(path), names, label_numbers=found.label_numbers)
+    assert again.labels.tolist() == list(number.values())
 
 
 def test_float_labels_of_csv(tmp_path: Path) -> None:
@@ -376,9 +349,9 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "a.csv", lambda p: p.write_bytes(b"text,label\na,0\nb,\n"),
         r"a.csv, line 3: the label \(column 'label'\) is missing",
     ),
-    "no text in csv": (
-        "a.csv", lambda p: p.write_bytes(b'text,label\n"a\n\nb",0\n,1\n'),
-        r"a.csv, line 5: the text \(column 'text'\) is missing",
+    "label after an empty text": (
+        "a.csv", lambda p: p.write_bytes(b'text,label\n"a\n\nb",0\n,1\nc,\n'),
+        r"a.csv, line 6: the label \(column 'label'\) is missing",
     ),
     "latin-1": (
         "a.csv", lambda p: p.write_bytes(b"text,label\na,0\ncaf\xe9,1\n"),
@@ -456,7 +429,7 @@ def test_folder_without_dataset(tmp_path: Path) -> None:
 
 def test_folder_without_train(tmp_path: Path) -> None:
     write(tmp_path / "test.csv", reviews(10))
-    with pytest.raises(DataError, match="has no train split; it has test"):
+    with pytest.raises(DataError, match="has no train split; it has test. Expected train"):
         load_path(tmp_path)
 
 
@@ -618,10 +591,32 @@ def test_single_class_in_the_data_itself(tmp_path: Path) -> None:
 
 
 def test_single_class_by_a_small_draw(tmp_path: Path) -> None:
-    write(tmp_path / "train.csv", reviews(100, ("a",) * 19 + ("b",)))
+    write(tmp_path / "train.csv", reviews(100, ("a",) * 99 + ("b",)))
     write(tmp_path / "test.csv", reviews(40, ("a", "b")))
-    with pytest.raises(DataError, match=r"validation split \(2 rows\).*too small.*Take more rows"):
+    with pytest.raises(DataError, match=r"validation split \(2 rows\).*share: 'b' \(1 rows\).*add"):
         load_path(tmp_path, train_samples=20)
+
+
+@pytest.mark.parametrize("rare", [3, 5, 20])
+@pytest.mark.parametrize("count", [40, 100, 101])
+def test_a_rare_label_is_in_every_split(tmp_path: Path, count: int, rare: int) -> None:
+    rows = reviews(count, ("common",))
+    rows[:rare] = reviews(rare, ("rare",))
+    found = load_path(write(tmp_path / "a.csv", rows))
+    for split in (found.train, found.validation, found.test):
+        assert split.label_counts(found.label_names)["rare"] > 0
+    sizes = [len(s.texts) for s in (found.train, found.validation, found.test)]
+    tenth = count // 10
+    assert sizes == [count - tenth - (count - tenth) // 10, (count - tenth) // 10, tenth]
+    fits(found)
+
+
+@pytest.mark.parametrize("rare", [1, 2])
+def test_a_label_too_rare_to_share_is_named(tmp_path: Path, rare: int) -> None:
+    rows = reviews(100, ("common",))
+    rows[:rare] = reviews(rare, ("rare",))
+    with pytest.raises(DataError, match=r"too few to share: 'rare' \(\d rows\).*add some with"):
+        load_path(write(tmp_path / "a.csv", rows))
 
 
 def test_validation_of_one_row_is_no_reason_to_refuse(tmp_path: Path) -> None:
@@ -643,7 +638,7 @@ def test_evaluation_takes_the_test_split(tmp_path: Path) -> None:
     assert len(load_for_evaluation(str(tmp_path), names).texts) == 14
     assert len(load_for_evaluation(str(tmp_path), names, split="train").texts) == 10
     (tmp_path / "validation.csv").unlink()
-    with pytest.raises(DataError, match="has no validation split; it has train, test"):
+    with pytest.raises(DataError, match="has no validation split; it has train and test"):
         load_for_evaluation(str(tmp_path), names, split="validation")
 
 
@@ -657,7 +652,7 @@ def test_evaluation_reads_only_what_it_measures(tmp_path: Path) -> None:
     ("written", "names", "expected"),
     [
         (("good", "bad"), ["bad", "good"], [1, 0]),
-        ((1, 0), ["bad", "good"], [1, 0]),
+        ((1, 0), ["negative", "positive"], [1, 0]),
         (("pos", "neg"), ["negative", "positive"], [1, 0]),
         ((5, 1), ["1", "3", "5"], [2, 0]),
         ((1, 0), ["0", "1"], [1, 0]),
@@ -675,7 +670,12 @@ def test_evaluation_labels(
 
 @pytest.mark.parametrize(
     ("written", "names"),
-    [("awful", ["bad", "good"]), (2, ["bad", "good"]), (-1, ["bad", "good"]), (0, ["1", "2"])],
+    [
+        ("awful", ["bad", "good"]),
+        (2, ["negative", "positive"]),
+        (-1, ["negative", "positive"]),
+        (0, ["1", "2"]),
+    ],
 )
 def test_evaluation_of_unknown_labels(tmp_path: Path, written: Any, names: list[str]) -> None:
     path = write(tmp_path / "a.jsonl", [("x", written), ("y", 1 if written != "awful" else "bad")])
@@ -952,7 +952,7 @@ def test_unlabelled_texts_alone(tmp_path: Path) -> None:
     assert len(notes) == 1
     with pytest.raises(DataError, match="no train split.*leave out --no-unlabelled"):
         data.load_texts(str(tmp_path), unlabelled=False)
-    with pytest.raises(DataError, match="has no train split"):
+    with pytest.raises(DataError, match="has no train split; it has texts without labels. Exp"):
         data.load(TrainConfig(dataset=str(tmp_path)))
 
 

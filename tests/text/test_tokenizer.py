@@ -51,6 +51,12 @@ def tokenizer():
         ("映画、最高！", "映画 、 最高 ！"),
         ("great😀😀 ❤\ufe0f★★", "great 😀 😀 ❤ ★ ★"),
         ("wow\x96so\x85", "wow so"),
+        ("so👍🏽 👩🏽", "so 👍 🏽 👩 🏽"),
+        ("a👨\u200d👩\u200d👧b 🏳\ufe0f\u200d🌈!", "a 👨\u200d👩\u200d👧 b 🏳\u200d🌈 !"),
+        ("🏳\u200d🌈 ❤\ufe0f\u200d🔥❤\u200d🔥", "🏳\u200d🌈 ❤\u200d🔥 ❤\u200d🔥"),
+        ("🕵🏽\u200d♂\ufe0f👩🏽\u200d🚀", "🕵🏽\u200d♂ 👩🏽\u200d🚀"),
+        ("👩\u200d \u200d👩 👩\u200d\u200d👩", "👩 \u200d \u200d 👩 👩 \u200d\u200d 👩"),
+        ("👩\u200da\u200db ക്\u200dഷ", "👩 \u200da\u200db ക്\u200dഷ"),  # letters that it joins
         ("caf\udce9 \ud83d", "caf"),  # undecodable bytes, as os.fsdecode gives them
         ("<PAD> <UNK>", "< pad > < unk >"),
     ],
@@ -256,7 +262,8 @@ ALPHABET = [c for c in map(character_for_fuzz, range(sys.maxunicode + 1)) if c]
 TRAPS = [
     *"aZ09_'’‘´“”\"<>/- \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x00\x7f\x85\xa0\xad",
     *"ΣσςİıßẞſKÅǅDžŉΐᾳᾼ\u0301\u0307\u0345\u0308\u200b\u200c\u200d\u2028\u2060\u3000\ufeff\ufe0f",
-    *"«»¡¿…‐—•€★❤映画、！ｆＦ가😀👍🏽🇫🇷𝔘𐐀",
+    *"«»¡¿…‐—•€★❤映画、！ｆＦ가😀👍🏽🇫🇷𝔘𐐀👩👧🚀♂🏳🌈",
+    "👩\u200d👩\u200d👧", "👩🏽\u200d🚀", "❤\ufe0f\u200d🔥", "🕵\ufe0f\u200d♂\ufe0f", "\u200d👩",
     "<br />", "<BR>", "<bR/>", "</br>", "<br", "br/>", "<PAD>", "<UNK>", "don't", "ΟΔΟΣ", "İ'İ",
 ]  # fmt: skip
 
@@ -275,6 +282,43 @@ def test_every_character_alone_and_inside_a_word(theirs):
 @given(st.lists(st.sampled_from(TRAPS) | st.sampled_from(ALPHABET), max_size=40).map("".join))
 def test_words_are_theirs_too(theirs, text):
     assert Tokenizer.tokenize(text) == words_by(theirs, text)
+
+
+PIECES = st.sampled_from("👩🏽🚀❤♂🏳a'.\ufe0f\ufe0f\u200d\u200d\u200d ")
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@settings(derandomize=True, database=None, deadline=None, max_examples=300)
+@given(st.lists(PIECES, max_size=30).map("".join))
+def test_joined_emoji_are_theirs_too(huggingface, joined, text):
+    ours = Tokenizer(["<PAD>", "<UNK>"], joined_emoji=joined)
+    if joined not in _theirs:
+        _theirs[joined] = huggingface(ours)
+    assert ours.tokenize(text) == words_by(_theirs[joined], text)
+
+
+_theirs = {}
+
+
+def test_an_older_tokenizer_keeps_its_rules(huggingface, tmp_path):
+    """Its model has learnt the words that it was given."""
+    text = "a family 👩\u200d👩\u200d👧 it is ❤\ufe0f\u200d🔥"
+    older = Tokenizer(["<PAD>", "<UNK>", "a", "👩", "\u200d", "👧", "❤"], joined_emoji=False)
+    path = tmp_path / "tokenizer.json"
+    for _ in range(2):  # a run that starts from it writes it again
+        older.save(path)
+        older = Tokenizer.load(path)
+    assert older.tokenize(text) == "a family 👩 \u200d 👩 \u200d 👧 it is ❤ \u200d 🔥".split(" ")
+    assert older.encode(text) == [2, 1, 3, 4, 3, 4, 5, 1, 1, 6, 4, 1]
+    assert older.encode_batch([text])[0].tolist() == older.encode(text)
+    assert huggingface(older).encode(text).ids == older.encode(text)
+    newer = Tokenizer(older.vocab)
+    newer.save(path)
+    newer = Tokenizer.load(path)
+    assert newer.encode(text) == [2, 1, 1, 1, 1, 1] and newer.tokenize("❤\u200d🔥") == ["❤\u200d🔥"]
+    first = encode_cached(older, [text], tmp_path)
+    assert not same(first, encode_cached(newer, [text], tmp_path))
+    assert same(first, encode_cached(older, [text], tmp_path))
 
 
 def test_ids_are_theirs_too(huggingface):
@@ -304,7 +348,16 @@ def test_they_pad_with_our_pad(tokenizer, theirs):
 
 
 @pytest.mark.parametrize(
-    "text", ["a" * 300_000, "a'" * 150_000, "<br" + " " * 300_000, "'" * 300_000]
+    "text",
+    [
+        "a" * 300_000,
+        "a'" * 150_000,
+        "<br" + " " * 300_000,
+        "'" * 300_000,
+        "👩\u200d" * 50_000,
+        "🏽" * 100_000 + "\u200d",
+        "🏽\ufe0f\u200d" * 50_000,
+    ],
 )
 def test_one_long_word(theirs, text):
     assert Tokenizer.tokenize(text) == words_by(theirs, text)
