@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -100,6 +100,36 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a JSON object")
     return values
+
+
+def save_state(folder: RunFolder, path: Path, state: dict[str, Any]) -> None:
+    """torch.save to a file of the run. Raises OSError where it cannot be written."""
+    with folder.writing(path) as f:
+        remembering = _Remembering(f)
+        try:
+            torch.save(state, remembering)  # type: ignore[arg-type]  # it does no more than write
+        except RuntimeError:
+            if remembering.error is None:
+                raise
+            raise remembering.error from None
+
+
+class _Remembering:
+    """What torch.save writes to: it hides a failed write behind an error of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def load_state(path: Path) -> dict[str, Any]:

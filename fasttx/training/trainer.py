@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttx import device as devices
 from fasttx.errors import CheckpointError, DivergedError, Interrupted, NotFiniteError
@@ -31,6 +31,7 @@ from fasttx.training.checkpoint import (
     load_state,
     load_weights,
     not_finite,
+    save_state,
 )
 from fasttx.training.optimizer import check_optimizer_state, learning_rate, make_optimizer
 from fasttx.training.task import Run
@@ -109,8 +110,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "progress": vars(self.progress).copy(),
             }
-            with self.folder.writing(self.folder.last) as f:
-                torch.save(state, f)
+            save_state(self.folder, self.folder.last, state)
         self._saved_at = time.perf_counter()
 
     def _read_totals(self) -> None:
@@ -127,7 +127,7 @@ class Trainer:
     def _not_finite(self) -> str | None:
         """The name of a weight, or of a number the optimiser keeps for one, that is not finite."""
         numbers: dict[str, Any] = dict(self.model.state_dict())
-        names = {p: name for name, p in self.model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         for p, kept in self.optimizer.state.items():
             numbers |= {f"the optimiser's {k} of {names[p]}": v for k, v in kept.items()}
         return not_finite(numbers)
@@ -301,8 +301,7 @@ class Trainer:
         progress.history.append(row)
         self._write_metrics(row)
         if progress.best is row and self.processes.main:
-            with self.folder.writing(self.folder.best_model) as f:
-                torch.save(self.model.state_dict(), f)
+            save_state(self.folder, self.folder.best_model, self.model.state_dict())
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.seconds += progress.epoch_seconds
         progress.epoch_seconds = 0.0

@@ -25,19 +25,25 @@ pytestmark = backends.POISONED
 
 PACKED_AND_APART = (True, False)
 ODD = BY_NAME["odd"]
-# The interpreter takes minutes over many sequences, which test_triton_interpreted has once.
-USUAL = [case for case in CASES if not INTERPRETED or len(case.lens) <= 32]
+# Triton's interpreter takes minutes over these; `test_float32_with_dropout` has them once each, and
+# test_triton_interpreted has many sequences.
+SLOW = ("wide", "long", "33 sequences", "40 sequences", "300 sequences") if INTERPRETED else ()
+SLOW_ONCE = ("wide-full", "long-causal") if INTERPRETED else ()
 over_causal = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 over_entries = pytest.mark.parametrize("packed", PACKED_AND_APART, ids=["packed", "apart"])
 
 
-def over_cases(*names: str, causal: tuple[str, ...] | None = None) -> pytest.MarkDecorator:
-    """Parametrise by `case`: each full and causal, or only those named by `causal` so."""
+def over_cases(
+    *names: str, causal: tuple[str, ...] | None = None, but: tuple[str, ...] = ()
+) -> pytest.MarkDecorator:
+    """Parametrise by `case`: each full and causal, or only those named by `causal` so. The slow
+    ones are left out, but for those named by `but`."""
     chosen = []
-    for case in [BY_NAME[name] for name in names] or USUAL:
+    for case in [BY_NAME[name] for name in names] or CASES:
         for is_causal in (False, True):
-            if causal is None or is_causal == (case.name in causal):
-                name = f"{case.name}-{'causal' if is_causal else 'full'}"
+            name = f"{case.name}-{'causal' if is_causal else 'full'}"
+            wanted = causal is None or is_causal == (case.name in causal)
+            if wanted and (case.name not in SLOW or name in but):
                 chosen.append(pytest.param(replace(case, causal=is_causal), id=name))
     return pytest.mark.parametrize("case", chosen)
 
@@ -64,7 +70,7 @@ def test_float32(target, case):
     check(target, case, torch.float32)
 
 
-@over_cases()
+@over_cases(but=SLOW_ONCE)
 @over_backends(dropout="shared")
 def test_float32_with_dropout(target, case):
     check(target, case, torch.float32, 0.1)
@@ -257,7 +263,9 @@ def test_same_seed_same_bits(target):
     torch.use_deterministic_algorithms(False)  # as in a run; the fixture restores the mode
     dropout = dropout_of(0.1, target.device)
     first, second = (
-        BY_NAME["long"].run(target.operations, target.device, torch.float32, dropout)
+        BY_NAME["alike" if INTERPRETED else "long"].run(
+            target.operations, target.device, torch.float32, dropout
+        )
         for _ in range(2)
     )
     for name in first:

@@ -107,8 +107,8 @@ def interpreted(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.parametrize(
     ("files", "chosen", "least"),
     [
-        (["ops/test_attention.py"], "triton-cpu and test_float32", 50),
-        (["ops/test_attention.py"], "triton-cpu and not test_float32", 40),
+        (["ops/test_attention.py"], "triton-cpu and test_float32", 45),
+        (["ops/test_attention.py"], "triton-cpu and not test_float32", 35),
         (["ops/test_embed.py", "ops/test_add_norm.py", "ops/test_bias_act.py"], "triton-cpu", 50),
         (["ops/test_fused.py", "kernels/test_triton_interpreted.py"], "triton-cpu or triton_", 55),
     ],
