@@ -70,8 +70,9 @@ def known_fields(cls: type, values: Any) -> dict[str, Any]:
         )
     unknown = sorted(map(str, set(values) - {f.name for f in dataclasses.fields(cls)}))
     if unknown:
-        shown = ", ".join(map(_shown, unknown[:5])) + ("" if len(unknown) <= 5 else ", ...")
-        raise ConfigError(f"unknown {cls.__name__} settings: {shown}")
+        shown = ", ".join(name[:80] for name in unknown[:5])
+        more = ", ..." if len(unknown) > 5 else ""
+        raise ConfigError(f"unknown {cls.__name__} settings: {shown}{more}")
     return values
 
 

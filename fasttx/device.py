@@ -32,7 +32,7 @@ def pick(name: str = "auto") -> torch.device:
             "use --device auto, or install a torch build that supports it"
         )
     there = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.index is not None and device.index >= there:
+    if (device.index or 0) >= there:
         raise DeviceError(
             f"device {name!r} does not exist: there {'is' if there == 1 else 'are'} {there} of "
             f"kind {device.type} here, counted from 0. Use --device {device.type}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttx import device as devices
-from fasttx.errors import CheckpointError, ConfigError, DivergedError, TokenizerError
+from fasttx.errors import CheckpointError, ConfigError, NotFiniteError, TokenizerError
 from fasttx.models.classifier import TransformerClassifier
 from fasttx.tasks import read_config
 from fasttx.text.packing import RaggedIds
@@ -53,9 +53,10 @@ class TextClassifier:
         return read(ids, self.model.config.max_len, self.truncation, self.long_texts)
 
     def logits(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
-        """(texts, num_classes) fp32 on the CPU, finite. Raises DivergedError for a model that
+        """(texts, num_classes) fp32 on the CPU, finite. Raises NotFiniteError for a model that
         answers otherwise, and ConfigError for a batch size that is none."""
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        whole = hasattr(batch_size, "__index__") and not isinstance(batch_size, bool)
+        if not whole or batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size!r}; expected at least 1 text at a time")
         ids = self.tokenizer.encode_batch(texts)
         windows, owner = self.read(ids)
@@ -77,12 +78,12 @@ class TextClassifier:
 
 
 def checked_finite(logits: Tensor, texts: Sequence[str]) -> Tensor:
-    """`logits` (texts, num_classes); raises DivergedError where a text's answer is not finite."""
+    """`logits` (texts, num_classes); raises NotFiniteError where a text's answer is not finite."""
     bad = (~logits.isfinite().all(-1)).nonzero().flatten().tolist()
     if bad:
         text = texts[bad[0]]
         shown = repr(text if len(text) <= 60 else text[:57] + "...")
-        raise DivergedError(
+        raise NotFiniteError(
             f"the model's answers to {len(bad):,} of {len(texts):,} texts are not finite; the "
             f"first is text {bad[0] + 1}, {shown}: {logits[bad[0]].tolist()[:5]}. Its weights are "
             "damaged or its training diverged: train again, or use another run"
@@ -118,12 +119,6 @@ def load(
         raise CheckpointError(
             f"{folder.config} names {len(config.label_names)} labels, and its model has "
             f"{model_config.num_classes} classes; expected one name for each"
-        )
-    if len(tokenizer) > model_config.vocab_size:
-        raise CheckpointError(
-            f"{folder.tokenizer} has {len(tokenizer):,} words, and the model of {folder.config} "
-            f"has embeddings for {model_config.vocab_size:,}: it is the tokenizer of another run. "
-            "Bring back the run's own"
         )
     model = TransformerClassifier.from_config(model_config)
     load_weights(model, folder.best_model)

@@ -75,6 +75,11 @@ class Parser(argparse.ArgumentParser):
         names = [option] if option in actions else [n for n in actions if n.startswith(option)]
         return len({id(actions[n]) for n in names}) == 1 and actions[names[0]].nargs != 0
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """The help, and the version. (argparse's own is silent where it cannot write.)"""
+        if message:
+            terminal.say(message.rstrip("\n"))
+
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
         message = message if len(message) <= 1000 else message[:1000] + "..."

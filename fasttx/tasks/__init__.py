@@ -86,18 +86,18 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
             found,
             values.get("init_from_sha256"),
         )
-    except (KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or from another version: {error}") from error
 
 
 # What config.json holds beside the settings, and what its `dataset` may hold.
 _TYPES: dict[str, tuple[type, ...]] = {
     "attn_backend": (str,), "device": (str,), "label_names": (list,), "dataset": (dict,),
-    "recipe": (str, type(None)),
+    "recipe": (str, type(None)), "train": (dict,),
 }  # fmt: skip
 _DATASET_TYPES: dict[str, tuple[type, ...]] = {
     "name": (str,), "fingerprint": (str,), "label_counts": (dict,), "train_samples": (int,),
-    "val_samples": (int,), "test_samples": (int,),
+    "val_samples": (int,), "test_samples": (int,), "grammar": (int,),
 }  # fmt: skip
 
 

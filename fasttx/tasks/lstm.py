@@ -33,6 +33,7 @@ def settings(given: Mapping[str, Any], dataset: str) -> TrainConfig:
 class LSTM(Classification):
     name = "the LSTM baseline"
     command = "fasttx baseline lstm"
+    tamer = "--precision fp32"
 
     def backend(self, config: TrainConfig, device: torch.device) -> str:
         """It has no attention; a tiny LSTM is tried in the run's precision."""

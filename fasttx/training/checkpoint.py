@@ -204,7 +204,7 @@ def fit_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
     if bad := not_finite(state):
         raise CheckpointError(
             f"{path} holds numbers that are not finite, in {bad}: the training had diverged. Train "
-            "again, with a lower --lr or --grad-clip 1"
+            "again: python train.py with a lower --lr or --grad-clip 1"
         )
     model.load_state_dict(state)
 

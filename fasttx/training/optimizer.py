@@ -35,7 +35,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, config.lr, weight_decay=decay, fused=fused)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, config.lr, betas=(0.9, config.beta2), weight_decay=decay, fused=fused)
+    betas = (0.9, float(config.beta2))  # torch takes no integer 0
+    return kind(groups, config.lr, betas=betas, weight_decay=decay, fused=fused)
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import nn
 
 from fasttx import device as devices
 from fasttx.config import TrainConfig
-from fasttx.errors import CheckpointError, Interrupted
+from fasttx.errors import CheckpointError, DataError, DeviceError, Interrupted
 from fasttx.text import splits as data
 from fasttx.training import distributed
 from fasttx.training.checkpoint import (
@@ -131,9 +132,10 @@ def resume(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes
 
 def _go_on(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes) -> Run:
     config = saved.train
-    device = _open_device(saved.device, config.precision, processes)
-    task.backend(config, device)
-    loaded = task.load(config)
+    with _as_it_was(folder):
+        device = _open_device(saved.device, config.precision, processes)
+        task.backend(config, device)
+        loaded = task.load(config)
     _check_same_data(folder, saved, loaded.described["fingerprint"])
     if loaded.described.get("pseudo_labels") != saved.dataset.get("pseudo_labels"):
         raise CheckpointError(
@@ -164,9 +166,24 @@ def new_folder(out: Path | None, recipe: str, processes: Processes, resume: str)
 
 def load_dataset(folder: RunFolder, saved: RunConfig) -> data.TextDataset:
     """The very texts and labels of a run. Raises DataError, and CheckpointError for others."""
-    dataset = data.load(saved.train)
+    with _as_it_was(folder):
+        dataset = data.load(saved.train)
     _check_same_data(folder, saved, dataset.fingerprint)
     return dataset
+
+
+@contextmanager
+def _as_it_was(folder: RunFolder) -> Iterator[None]:
+    """What a run has its settings for can only be as it was. So an error keeps its reason, and not
+    its advice, which names flags of new runs."""
+    try:
+        yield
+    except (DataError, DeviceError) as error:
+        reason = re.split(r"[.;?] ", str(error))[0]
+        raise type(error)(
+            f"{folder.path} needs its data and its device as they were: {reason}. Bring them back, "
+            "or start a new run"
+        ) from error
 
 
 def _check_same_data(folder: RunFolder, saved: RunConfig, fingerprint: str) -> None:

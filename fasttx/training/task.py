@@ -80,6 +80,8 @@ class Task(ABC):
     name: ClassVar[str]  # "task" in config.json
     command: ClassVar[str]  # that takes --resume
     unit: ClassVar[str] = "reviews"  # what one of its examples is
+    # Settings of `command` under which a training diverges less.
+    tamer: ClassVar[str] = "a lower --lr, --grad-clip 1, or --precision fp32"
 
     # --- before training ---
 

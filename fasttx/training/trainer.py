@@ -85,7 +85,7 @@ class Trainer:
         if bad := self._not_finite():
             raise CheckpointError(
                 f"{self.folder.last} holds numbers that are not finite, in {bad}: the training had "
-                "diverged. Start a new run, with a lower --lr, --grad-clip 1, or --precision fp32"
+                f"diverged. Start a new run with {self.run.task.tamer}"
             )
         if self.processes.main:
             self._totals += torch.tensor(self.progress.totals, dtype=self._totals.dtype)
@@ -168,8 +168,7 @@ class Trainer:
                 where = f"; {self.folder.diverged} names its texts and seeds"
         return DivergedError(
             f"{what}, first in epoch {epoch + 1}, step {found['step'] + 1}{where}. {kept}; going "
-            "on from there would repeat it. Start a new run with a lower --lr, --grad-clip 1, or "
-            "--precision fp32"
+            f"on from there would repeat it. Start a new run with {self.run.task.tamer}"
         )
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -376,8 +375,8 @@ class Trainer:
             signal.signal(number, old.get(number, signal.default_int_handler))
 
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                old[number] = signal.signal(number, ask)
+            for s in (signal.SIGINT, signal.SIGTERM):
+                old[s] = signal.signal(s, ask)
         except ValueError:  # not the main thread: signals are somebody else's
             yield
             return

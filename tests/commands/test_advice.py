@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import train
 from fasttx.commands import cli, flags
 from fasttx.commands.train import options
+from fasttx.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "tests" / "data" / "runs"
@@ -136,7 +138,32 @@ def test_what_is_advised_can_be_done(line: str, place: Path, known, tmp_path, ca
     assert status == 2 and "Traceback" not in said, said
     command = max((name for name in known if line.startswith(name)), key=len)
     assert not unknown_flags(said.replace(str(place), ""), command, known), said
-    assert not list(tmp_path.iterdir()), "nothing is left behind"
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()], "nothing is left behind"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_tames_a_training_can_be_set(name: str, known) -> None:
+    task = TASKS[name].load()
+    assert not unknown_flags(task.tamer, task.command.removeprefix("python "), known)
+
+
+@pytest.mark.parametrize("line", ["ensemble", "evaluate", "train.py --resume"])
+def test_a_run_whose_data_has_changed(line: str, place: Path, known, tmp_path, capsys) -> None:
+    """Flags of the data were for the run that was made, not for what is done with it."""
+    run = Path(shutil.copytree(place / "classification-half", tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    for dataset, reason in (
+        (place / "sorted", "train_samples is 640"),
+        (place / "columns.csv", "has the columns 'one', 'two', 'three'"),
+        (place / "no", "there is no such file or folder"),
+    ):
+        config["train"] |= {"dataset": str(dataset), "train_samples": 640}
+        (run / "config.json").write_text(json.dumps(config))
+        main = train.main if line.startswith("train") else cli.main
+        assert main([*line.removeprefix("train.py ").split(), str(run)]) == 2
+        said = capsys.readouterr().err
+        assert "needs its data and its device as they were: " in said
+        assert reason in said and "--" not in said.replace(str(tmp_path), "")
 
 
 def test_the_memory_advice_names_flags_of_each_command(known) -> None:

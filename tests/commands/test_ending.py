@@ -166,6 +166,18 @@ def test_a_full_disk_behind_standard_output(lines) -> None:
     assert line.startswith("fasttx: error: standard output: No space left on device. ")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_the_help(unbuffered: str) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fasttx", "--help"], stdout=full, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"fasttx: error: standard output: No space left on device. ")
+
+
 @pytest.mark.parametrize(
     ("redirection", "status", "said"),
     [

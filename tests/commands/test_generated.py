@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(doctor, "examine", refuse)
         patch.setattr(corpora, "hub_imdb", lambda: (_ for _ in ()).throw(corpora.Unavailable("no")))
         patch.setattr(
-            corpora.demo, "corpus", lambda: (["x y"] * 40, [0, 1] * 20, ["x"] * 9, [0] * 9)
+            corpora.demo, "corpus", lambda **_: (["x y"] * 40, [0, 1] * 20, ["x"] * 9, [0] * 9)
         )
         yield folder
 

@@ -14,7 +14,7 @@ import torch
 
 import fasttx
 from fasttx.commands import cli
-from fasttx.errors import CheckpointError, ConfigError, DivergedError
+from fasttx.errors import CheckpointError, ConfigError, NotFiniteError
 
 RUN = Path(__file__).resolve().parents[1] / "data" / "runs" / "classification-finished"
 
@@ -127,7 +127,7 @@ def test_an_answer_that_is_not_finite_is_an_error(capsys, monkeypatch) -> None:
         return torch.tensor([[0.0, 1.0], [0.0, float("nan")]])
 
     monkeypatch.setattr(fasttx.TransformerClassifier, "forward", unsound)
-    with pytest.raises(DivergedError, match=r"1 of 2 texts are not finite; the first is text"):
+    with pytest.raises(NotFiniteError, match=r"1 of 2 texts are not finite; the first is text"):
         fasttx.load(RUN, device="cpu").predict(["one", "another"])
     assert cli.main(["predict", str(RUN), "one", "another", "--json"]) == 2
     said = capsys.readouterr()
@@ -154,7 +154,7 @@ def test_a_tokenizer_with_more_words_than_the_model(tmp_path: Path) -> None:
     size = json.loads((folder / "config.json").read_text())["train"]["model"]["vocab_size"]
     words |= {f"more{i}": len(words) + i for i in range(size + 1 - len(words))}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(CheckpointError, match=f"has {size + 1} words, .* embeddings for {size}"):
+    with pytest.raises(CheckpointError, match=f"has {size + 1} words, .* embedding has {size}"):
         fasttx.load(folder)
 
 

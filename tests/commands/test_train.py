@@ -136,7 +136,8 @@ def test_predict(run: Path, tmp_path: Path) -> None:
     assert row["label"] == "good" and row["text"] == "w1 great w2"
     (tmp_path / "texts.txt").write_text("w3 awful\n\nw1 great\n")
     shown = command("predict", run, "--file", "texts.txt", cwd=tmp_path)
-    assert [line.split()[0] for line in shown.stdout.splitlines()] == ["bad", "good"]
+    lines = [line.split()[0] for line in shown.stdout.splitlines()]
+    assert (lines[0], len(lines), lines[2]) == ("bad", 3, "good"), "blank lines are texts too"
     shown = command("predict", run, cwd=tmp_path, stdin="great\nawful\n")
     assert [line.split()[0] for line in shown.stdout.splitlines()] == ["good", "bad"]
 

@@ -28,6 +28,7 @@ from fasttx.reporting import finished as finished_run
 from fasttx.reporting.escaping import escaped, printable
 from fasttx.reporting.finished import open_run
 from fasttx.tasks import TASKS, read_config
+from fasttx.terminal import one_line
 from fasttx.text import splits as data
 from fasttx.text.packing import pack
 from fasttx.text.tokenizer import UNK_ID
@@ -412,7 +413,7 @@ def test_explain_a_text_without_words(finished: Path) -> None:
     found = attributions.explain(classifier, " \n ")
     assert found.words == () and found.attention.shape == (2, 2, 0, 0)
     assert "(no words)" in explain.shaded(found)
-    assert explain.terminal(found, False).startswith(printable(found.label))
+    assert explain.terminal(found, False).startswith(one_line(found.label))
     explain.html(found, "run")
 
 
