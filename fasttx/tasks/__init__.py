@@ -56,9 +56,9 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
             f"{path.parent} is a run of {found}; expected {' or '.join(tasks or TASKS)}. {advice}"
         )
     try:
-        settings = dict(values["train"])
-        if settings["dataset"] == "demo":  # its texts are those of that run's time
-            settings["dataset"] = demo.name_of(values["dataset"].get("grammar", 1))
+        settings = {**values["train"]}
+        if settings.get("dataset") == "demo":  # its texts are those of that run's time
+            settings["dataset"] = demo.name_of({**values["dataset"]}.get("grammar", 1))
         return RunConfig(
             entry.settings.from_dict(settings),
             values["attn_backend"],

@@ -143,7 +143,7 @@ def blank_note(texts: Sequence[str], where: str, place: Callable[[int], str]) ->
     return [f"{where}: {said}, the first in {place(blank[0])}"]
 
 
-def _label(value: Any) -> Label | None:
+def as_label(value: Any) -> Label | None:
     """A label as integer or as the word that the file has; None if it is neither."""
     if isinstance(value, bool):
         return str(value)
@@ -157,12 +157,12 @@ def _label(value: Any) -> Label | None:
     if _INTEGER.fullmatch(numeral):
         return int(numeral)
     if _NUMERAL.fullmatch(numeral) and not _PADDED.fullmatch(numeral):
-        return _label(float(numeral))
+        return as_label(float(numeral))
     return value
 
 
-def _why_no_label(value: Any) -> str:
-    """What a value is that `_label` does not take, alike for a number and for the text of one."""
+def why_no_label(value: Any) -> str:
+    """What a value is that `as_label` does not take, alike for a number and for the text of one."""
     if isinstance(value, Decimal) or (isinstance(value, str) and value.strip()):
         value = float(value)
     if isinstance(value, float):
@@ -177,11 +177,11 @@ def table_rows(table: Table, text_column: str | None, label_column: str | None) 
     texts = _texts(table, text)
     labels: list[Label] = []
     for row, value in enumerate(table.read(label)):
-        found = _label(value)
+        found = as_label(value)
         if found is None:
             raise DataError(
                 f"{table.where}, {table.place(row)}: the label (column {label!r}) is "
-                f"{_why_no_label(value)}; expected an integer or a word. Mend or remove that row, "
+                f"{why_no_label(value)}; expected an integer or a word. Mend or remove that row, "
                 "or name another --label-column"
             )
         labels.append(found)

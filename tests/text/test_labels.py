@@ -133,6 +133,14 @@ def test_folders_that_look_alike(tmp_path: Path) -> None:
         load_path(tmp_path)
 
 
+def test_folders_are_labels_as_cells_are(tmp_path: Path) -> None:
+    found = load_path(write_tree(tmp_path / "a" / "train", reviews(40, ("10", "9"))).parent)
+    assert found.label_names == ["9", "10"] and found.label_numbers == [9, 10]
+    write_tree(tmp_path / "b" / "train", reviews(40, ("3.5", "4")))
+    with pytest.raises(DataError, match=r"3.5: the name of the folder .* is 3.5, which is no int"):
+        load_path(tmp_path / "b")
+
+
 def test_a_label_that_cannot_be_seen(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="of which nothing is to be seen"):
         load_path(write(tmp_path / "a.csv", reviews(20, ("\u200b", "x"))))
