@@ -46,8 +46,12 @@ class Rows:
 
 
 def some(values: Sequence[Any], limit: int = 10) -> str:
-    shown = ", ".join(repr(v) for v in values[:limit])
-    return shown if len(values) <= limit else f"{shown} and {len(values) - limit:,} more"
+    names = ", ".join(_cut(repr(v), 100) for v in values[:limit])
+    return names if len(values) <= limit else f"{names} and {len(values) - limit:,} more"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +153,10 @@ def as_label(value: Any) -> Label | None:
         return str(value)
     if isinstance(value, int):
         return value if abs(value) < 10**100 else None
-    if isinstance(value, (float, Decimal)):
-        return int(value) if abs(value) <= _EXACT and value == int(value) else None
+    if isinstance(value, Decimal):
+        return as_label(float(value))
+    if isinstance(value, float):
+        return int(value) if abs(value) < _EXACT and value == int(value) else None
     if not isinstance(value, str) or not value.strip():
         return None
     numeral = value.strip()
@@ -168,7 +174,7 @@ def why_no_label(value: Any) -> str:
     if isinstance(value, float):
         if math.isnan(value):
             return "missing (nan)"
-        return f"{value:g}, which is no integer" if abs(value) <= _EXACT else f"{value:g}"
+        return f"{value:g}, which is no integer" if abs(value) < _EXACT else f"{value:g}"
     return shown(value)
 
 
@@ -194,5 +200,4 @@ def table_rows(table: Table, text_column: str | None, label_column: str | None) 
 def shown(value: Any) -> str:
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return "missing"
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    return _cut(repr(value), 60)

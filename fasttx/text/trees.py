@@ -28,7 +28,7 @@ def tree_labels(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders of `folder` that stand for a label, those that contain texts; and what else it
     holds, but for the folder of unlabelled texts. Raises DataError."""
     counted, others = listed(folder)
-    labels = []
+    labels: list[Path] = []
     for path in counted:
         refuse_dangling(path)
         if path.name == UNLABELLED and holds_texts(path):
