@@ -79,6 +79,7 @@ ALIKE = {
     "wide letters": ("good", "\uff47ood"),
     "sharp s": ("STRASSE", "straße"),
     "no width": ("good", "go\u200bod"),
+    "the end of a file of DOS": ("good", "good\x1a"),
     "zeros in front": ("01", "1"),
 }
 
@@ -277,6 +278,12 @@ def class_labels(path: Path, names: list[str], labels: list[int], kind: str) -> 
         return str(path / "saved")
     made.to_parquet(str(path / "a.parquet"))
     return str(path / "a.parquet")
+
+
+def test_names_in_the_file_that_look_alike(tmp_path: Path) -> None:
+    path = class_labels(tmp_path, ["Yes", "no", "yes"], [0, 1] * 20, "parquet")
+    with pytest.raises(DataError, match="the labels 'Yes' and 'yes' differ only"):
+        load_path(Path(path))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
