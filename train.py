@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fasttx.commands import cli
+from fasttx.commands.ending import exit_status, quiet_start
+
+if __name__ == "__main__":
+    quiet_start("train.py")  # the other imports take seconds
+
 from fasttx.commands.train import TrainOptions, options
 from fasttx.tasks import TASKS, read_config
 from fasttx.text import splits as data
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 from fasttx.training.task import Run
 
 
@@ -35,8 +39,14 @@ def train(asked: TrainOptions) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    asked = options(argv)
-    return cli.exit_status("train.py", lambda: train(asked))
+    accepts: set[str] = set()
+
+    def command() -> None:
+        asked = options(argv)
+        accepts.update(asked.accepts)
+        train(asked)
+
+    return exit_status("train.py", command, accepts)
 
 
 if __name__ == "__main__":

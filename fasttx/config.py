@@ -26,28 +26,57 @@ def _check_types(config: Any) -> None:
         kinds = (*allowed, int) if float in allowed else allowed
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in allowed):
             names = " or ".join(t.__name__ for t in allowed)
-            raise ConfigError(f"{f.name} is {value!r}; expected {names}")
+            raise ConfigError(f"{f.name} is {_shown(value)}; expected {names}")
         choices = f.metadata.get("choices", ())
         if choices and value not in choices:
-            raise ConfigError(f"{f.name} is {value!r}; expected one of {', '.join(choices)}")
+            raise ConfigError(f"{f.name} is {_shown(value)}; expected one of {', '.join(choices)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{f.name} is {value!r}; expected a finite number")
+        if isinstance(value, str) and (not value or "\0" in value):
+            raise ConfigError(
+                f"{f.name} is {_shown(value)}; expected a text without NUL characters"
+            )
 
 
-def _check_range(config: Any, low: float, high: float, *names: str) -> None:
+def _check_range(config: Any, low: float, high: float, *names: str, below: bool = False) -> None:
+    """Raise ConfigError unless low <= value <= high, or where it must be `below`, value < high."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{name} is {value!r}; expected {wanted}")
+        if value is None or (low <= value <= high and not (below and value == high)):
+            continue
+        wanted = f"at least {low:,}" if value < low else f"at most {high:,}"
+        if high <= 1:
+            wanted = f"between {low:g} and {high:g}"
+        if below:
+            wanted = f"at least {low:g} and less than {high:g}"
+        raise ConfigError(f"{name} is {_shown(value)}; expected {wanted}")
 
 
-def known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return `values`. Raises ConfigError for names that are no field of `cls`."""
-    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+def _shown(value: Any) -> str:
+    """A value in a message: its whole text, unless that would fill the screen."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def known_fields(cls: type, values: Any) -> dict[str, Any]:
+    """Return `values`. Raises ConfigError for what is no dictionary, or has names that are no field
+    of `cls`."""
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"the settings of {cls.__name__} are {_shown(values)}; expected names and values"
+        )
+    unknown = sorted(map(str, set(values) - {f.name for f in dataclasses.fields(cls)}))
     if unknown:
-        raise ConfigError(f"unknown {cls.__name__} settings: {', '.join(unknown)}")
+        shown = ", ".join(map(_shown, unknown[:5])) + ("" if len(unknown) <= 5 else ", ...")
+        raise ConfigError(f"unknown {cls.__name__} settings: {shown}")
     return values
+
+
+# A model with more weights has a wrong number in its settings. (This many take 40 GB.)
+MOST_WEIGHTS = 10_000_000_000
 
 
 @dataclass(frozen=True)
@@ -72,9 +101,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_range(self, 1, math.inf, "num_classes", "d_model", "num_heads", "d_ff", "max_len")
-        _check_range(self, 2, math.inf, "vocab_size")
-        _check_range(self, 0, math.inf, "num_layers")
+        _check_range(self, 1, 1_000_000, "num_classes", "d_ff", "max_len")
+        _check_range(self, 2, 100_000_000, "vocab_size")
+        _check_range(self, 1, 100_000, "d_model", "num_heads")
+        _check_range(self, 0, 1000, "num_layers")
         _check_range(self, 0.0, 1.0, "dropout", "attention_dropout")
         if self.d_model % self.num_heads:
             raise ConfigError(
@@ -84,6 +114,14 @@ class ModelConfig:
         if self.d_model % 2:
             raise ConfigError(
                 f"d_model is {self.d_model}; expected an even number (sine and cosine positions)"
+            )
+        block = self.d_model * (4 * self.d_model + 2 * self.d_ff)
+        weights = self.d_model * (self.vocab_size + self.num_classes) + self.num_layers * block
+        if weights > MOST_WEIGHTS:
+            raise ConfigError(
+                f"vocab_size {self.vocab_size:,}, d_model {self.d_model:,}, d_ff {self.d_ff:,} and "
+                f"num_layers {self.num_layers:,} make {weights:,} weights; expected at most "
+                f"{MOST_WEIGHTS:,}. Choose smaller ones"
             )
 
     @property
@@ -198,15 +236,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_range(
-            self, 1, math.inf, "epochs", "batch_size", "grad_accumulation", "log_every",
-            "train_samples", "test_samples",
-        )  # fmt: skip
-        _check_range(
-            self, 0, math.inf, "lr", "weight_decay", "warmup_steps", "grad_clip",
-            "checkpoint_seconds",
-        )  # fmt: skip
-        _check_range(self, 0.0, 1.0, "label_smoothing", "word_dropout", "beta2")
+        # Above the upper limits lie slips of the keyboard, not settings.
+        _check_range(self, 1, 1_000_000, "epochs", "batch_size", "grad_accumulation")
+        _check_range(self, 1, 1_000_000_000, "log_every", "train_samples", "test_samples")
+        _check_range(self, 0, 1_000_000_000, "warmup_steps")
+        _check_range(self, 0.0, 1e9, "grad_clip", "checkpoint_seconds")
+        _check_range(self, 0.0, 1e3, "lr", "weight_decay")
+        _check_range(self, 0.0, 1.0, "label_smoothing", "word_dropout")
+        _check_range(self, 0.0, 1.0, "beta2", below=True)  # torch's own limits
         _check_range(self, 0, 2**63 - 1, "seed", "split_seed")
         if self.optimizer == "adam" and self.weight_decay:
             raise ConfigError(
@@ -223,7 +260,8 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`. Raises ConfigError on a setting it does not know."""
+        """The inverse of `to_dict`. Raises ConfigError for a setting that it does not know, and for
+        values that are none."""
         values = dict(known_fields(cls, values))
         if "model" in values:
             values["model"] = ModelConfig(**known_fields(ModelConfig, values["model"]))

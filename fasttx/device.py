@@ -24,12 +24,18 @@ def pick(name: str = "auto") -> torch.device:
         return torch.device(next((kind for kind, there in has.items() if there), "cpu"))
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise DeviceError(f"device {name!r}; expected auto, cpu, cuda, cuda:N or mps") from error
     if not has.get(device.type, device.type == "cpu"):
         raise DeviceError(
             f"device {name!r} is not available to torch {torch.__version__} on this machine; "
             "use --device auto, or install a torch build that supports it"
+        )
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.index is not None and device.index >= there:
+        raise DeviceError(
+            f"device {name!r} does not exist: there {'is' if there == 1 else 'are'} {there} of "
+            f"kind {device.type} here, counted from 0. Use --device {device.type}"
         )
     return device
 

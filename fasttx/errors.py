@@ -11,6 +11,11 @@ class FasttxError(Exception):
     """The family: `except fasttx.FasttxError` catches them all."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM in a training: the run has been saved and can be resumed. No error, and not
+    of the family."""
+
+
 class ConfigError(FasttxError, ValueError):
     """A setting has a value that cannot work."""
 
@@ -31,8 +36,16 @@ class CheckpointError(FasttxError, RuntimeError):
     """A file of a run is missing, damaged, or not what it should be."""
 
 
-class DivergedError(FasttxError, RuntimeError):
-    """The loss is no longer a number."""
+class InUseError(FasttxError, RuntimeError):
+    """Another process has the run folder open; two would write into each other's files."""
+
+
+class NotFiniteError(FasttxError, ValueError):
+    """Numbers that should be finite are NaN or infinite."""
+
+
+class DivergedError(NotFiniteError, RuntimeError):
+    """The loss or the weights of a training are no longer finite."""
 
 
 class BackendUnavailableError(FasttxError, RuntimeError):

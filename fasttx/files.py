@@ -1,19 +1,32 @@
 """Files are written whole or not at all: to a temporary name in the same folder, then renamed.
 
-`cache_folder` is for files that can be computed again.
+`Lock` keeps two processes out of a folder; `cache_folder` holds files that can be computed again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
+import logging
 import os
 import secrets
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from fasttx.errors import InUseError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+    import msvcrt
+
+log = logging.getLogger("fasttx")
 
 # A killed process leaves its temporary file behind; no process still writes one this old.
 _ABANDONED_SECONDS = 3600
@@ -31,12 +44,15 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(
+    path: str | Path, announce: Callable[[Path], None] = lambda temporary: None
+) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends, and vanishes when the block raises.
 
     A reader sees the old file or the new one, even after a kill or a power cut. A symbolic link
-    stays a link; the file that it points to is replaced. Raises OSError (FileNotFoundError if the
-    folder does not exist).
+    stays a link; the file that it points to is replaced. `announce` is called with the finished
+    temporary file before it takes its name. Raises OSError (FileNotFoundError if the folder does
+    not exist).
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
@@ -47,13 +63,39 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         # Not tempfile: its files are readable by their owner only, and so would `path` be.
-        with open(temporary, "xb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, target)
+        with naming(path, temporary):
+            with open(temporary, "xb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            announce(temporary)
+            os.replace(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be gone; what went wrong is raised
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Renames in a folder survive a power cut in their order. (Windows cannot open folders.)"""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path, temporary: str | Path = "") -> Iterator[None]:
+    """An OSError names `path`, where it names no file (a write that fails does not), or the
+    `temporary` one, which nobody has heard of."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or str(error.filename) == str(temporary):
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -71,5 +113,75 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Write `obj` as JSON, indented by 2, non-ASCII characters unescaped."""
-    write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+    """Write `obj` as JSON (see `json_text`)."""
+    write_text_atomic(path, json_text(obj))
+
+
+def json_text(obj: Any) -> str:
+    """JSON, indented by 2, non-ASCII characters unescaped. Raises ValueError for NaN and infinity,
+    which JSON does not have."""
+    return json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class Lock:
+    """A file that one process at a time holds. It is let go when the process ends, however it ends.
+
+    Raises InUseError where another process (or another Lock of this one) holds it, and OSError
+    where the file cannot be made. On a file system without locks it only warns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+        while self._file is None:
+            file = open(path, "a+b")  # noqa: SIM115  (open for as long as it is held)
+            try:
+                _take(file)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read(200).decode("utf-8", "replace").strip() or "another process"
+                file.close()
+                if error.errno in _NO_LOCKS:
+                    log.warning(
+                        "%s: this file system has no locks; keep other processes out", path.parent
+                    )
+                    return
+                raise InUseError(
+                    f"{path.parent} is in use by {holder}; expected one process a folder. Wait "
+                    "for that one to end, or choose another folder"
+                ) from error
+            if _is_named(file, path):
+                self._file = file
+            else:
+                file.close()  # its holder has removed it meanwhile
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
+        file.flush()
+
+    def release(self) -> None:
+        """Let go; any number of times."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # Windows cannot remove a file that is open
+                self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+
+# Answers of file systems that have no locks, not of a lock that is held.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
+
+
+def _take(file: BinaryIO) -> None:
+    if fcntl is not None:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    file.seek(1 << 30)  # a byte that is never written: the holder's name stays readable
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+
+
+def _is_named(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

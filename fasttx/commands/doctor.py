@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from fasttx import device as devices
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.ops.registry import BACKENDS, Backend, descriptions, resolve_name
 from fasttx.testing import (
@@ -52,7 +52,10 @@ def _check(backend: Backend, device: torch.device, dtype: torch.dtype) -> Outcom
 
 def _examine(backend: Backend, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     row: dict[str, Any] = {"backend": backend.name, "device": str(device), "dtype": _short(dtype)}
-    row["unavailable"] = backend.unavailable_reasons(device, dtype, HEAD_DIM)
+    try:
+        row["unavailable"] = backend.unavailable_reasons(device, dtype, HEAD_DIM)
+    except Exception as error:  # it cannot even say why it cannot run
+        return row | {"unavailable": [], "failures": [describe(error)], "errors": {}}
     if row["unavailable"]:
         return row
     outcome = _check(backend, device, dtype)
@@ -60,9 +63,21 @@ def _examine(backend: Backend, device: torch.device, dtype: torch.dtype) -> dict
     row["errors"] = outcome.errors
     row["largest_error"] = max(outcome.errors.values(), default=None)
     if not outcome.failures:  # no speed of what has not just been verified
-        step = attention_step(backend.operations, device, dtype, HEAD_DIM, SHAPE)
-        row["milliseconds"] = milliseconds(step, device, WARM_UP, RUNS)
+        try:
+            step = attention_step(backend.operations, device, dtype, HEAD_DIM, SHAPE)
+            row["milliseconds"] = milliseconds(step, device, WARM_UP, RUNS)
+        except Exception as error:
+            row["failures"] = [describe(error)]
     return row
+
+
+def _auto(device: torch.device) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """What `auto` is here, and what it says of itself; None where a backend is broken."""
+    try:
+        chosen = resolve_name("auto", device, torch.float32, HEAD_DIM)
+        return chosen, descriptions(chosen)
+    except Exception:  # the row of that backend has the reason
+        return None, {}
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
@@ -88,8 +103,7 @@ def examine(device: torch.device, dtypes: Iterable[torch.dtype] | None = None) -
         for backend in BACKENDS.values()
         for dtype in dtypes or _dtypes(device)
     ]
-    chosen = resolve_name("auto", device, torch.float32, HEAD_DIM)
-    described = descriptions(chosen)
+    chosen, described = _auto(device)
     choices = [choice for parts in described.values() for choice in parts.values()]
     return {
         "versions": devices.versions(),
@@ -101,7 +115,8 @@ def examine(device: torch.device, dtypes: Iterable[torch.dtype] | None = None) -
         f"after {WARM_UP} to warm up",
         "backends": rows,
         **described,
-        "sound": not any(row.get("failures") for row in rows)
+        "sound": chosen is not None
+        and not any(row.get("failures") for row in rows)
         and not any("failed" in choice["reason"] for choice in choices),
     }
 
@@ -125,7 +140,8 @@ def text(found: dict[str, Any]) -> str:
     for name, dtype, ms, state in rows:
         cells = (name.ljust(widths[0]), dtype.ljust(widths[1]), ms.rjust(widths[2]), state)
         lines.append("  ".join(cells).rstrip())
-    lines += ["", f"auto on {found['device']}: {found['auto']}"]
+    chosen = found["auto"] or "no backend can be chosen"
+    lines += ["", f"auto on {found['device']}: {chosen}"]
     for name in BACKENDS:
         parts = found.get(name, {}).items()
         lines += [f"{name}: {part}: {c['path']} ({c['reason']})" for part, c in parts]
@@ -135,7 +151,10 @@ def text(found: dict[str, Any]) -> str:
 
 def _doctor(args: argparse.Namespace) -> int:
     found = examine(devices.pick(args.device))
-    print(json.dumps(found) if args.json else text(found))
+    if args.json:
+        terminal.say_json(found)
+    else:
+        terminal.say(text(found))
     return 0 if found["sound"] else 1
 
 

@@ -6,8 +6,8 @@ Shapes: M members, n texts, C classes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from fasttx import device as devices
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.errors import CheckpointError, ConfigError
-from fasttx.files import write_json_atomic
-from fasttx.load import TextClassifier, load
+from fasttx.load import TextClassifier, checked_finite, load
 from fasttx.models import bag_of_words
 from fasttx.models.pool import Pool
 from fasttx.tasks import read_config
@@ -30,8 +30,8 @@ from fasttx.text import splits as data
 from fasttx.text.duplicates import overlap_warning
 from fasttx.text.reading import mean_of_windows
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunConfig, RunFolder
-from fasttx.training.distributed import Processes
+from fasttx.training.checkpoint import RunConfig
+from fasttx.training.folder import RunFolder
 from fasttx.training.inference import predict_logits
 from fasttx.training.metrics import classification_metrics, format_metrics, log_softmax
 from fasttx.training.predictions import Predictions, PseudoLabels
@@ -69,7 +69,8 @@ def _read_texts(
         logits = predict_logits(
             classifier.model, ids, classifier.device, batch_size=batch_size, precision=precision
         )
-        parts.append(mean_of_windows(logits, owner).double().numpy())
+        answers = checked_finite(mean_of_windows(logits, owner), texts[at : at + TEXTS_AT_A_TIME])
+        parts.append(answers.double().numpy())
         now, done = time.perf_counter(), min(at + TEXTS_AT_A_TIME, len(texts))
         if now - last >= SECONDS_BETWEEN_LINES:
             last, rate = now, done / (now - start)
@@ -110,7 +111,7 @@ def _open(args: argparse.Namespace) -> tuple[RunConfig, data.TextDataset, list[M
     found = [read_config(RunFolder(path).config, "classification") for path in args.run]
     first = found[0]
     for path, run in zip(args.run, found, strict=True):
-        if run.dataset["fingerprint"] != first.dataset["fingerprint"]:
+        if run.dataset.get("fingerprint") != first.dataset.get("fingerprint"):
             raise CheckpointError(
                 f"{path} was trained on other splits than {args.run[0]} ({run.dataset['name']}, "
                 f"seed {run.train.seed_of_splits}; {first.dataset['name']}, seed "
@@ -186,7 +187,7 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 def _label(
-    members: Sequence[Member], pool: Pool, run: RunConfig, texts: Sequence[str], path: Path
+    members: Sequence[Member], pool: Pool, run: RunConfig, texts: Sequence[str], folder: RunFolder
 ) -> dict[str, Any]:
     """Writes pseudo_labels.npz; what results.json says of it."""
     log.info("labelling %s texts ...", f"{len(texts):,}")
@@ -195,7 +196,7 @@ def _label(
     labels = PseudoLabels(
         probabilities, run.label_names, data.texts_fingerprint(texts), run.dataset["fingerprint"]
     )
-    labels.save(path)
+    labels.save(folder)
     counts = np.bincount(probabilities.argmax(1), minlength=len(run.label_names)).tolist()
     return {
         "texts": len(texts),
@@ -210,13 +211,17 @@ def _ensemble(args: argparse.Namespace) -> None:
         raise ConfigError("--pseudo-labels needs a folder to write them to: add --out DIR")
     if args.ngrams and not args.linear:
         raise ConfigError("--ngrams is about linear models, and there is none: add --linear KIND")
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch-size is {args.batch_size}; expected at least 1")
     if args.linear:
         bag_of_words.require_scikit_learn()
-    folder = None
-    if args.out is not None:
-        folder = runs.new_folder(args.out, "ensemble", Processes())
+    keep = RunFolder(args.out).created() if args.out else contextlib.nullcontext()
+    with keep as folder:
+        results = _pooled(args, folder)
+    if args.json:
+        terminal.say_json(results)
+
+
+def _pooled(args: argparse.Namespace, folder: RunFolder | None) -> dict[str, Any]:
+    """Measure the pool, and keep what it said in `folder`. What results.json holds."""
     # With --json, standard output has the JSON alone.
     with console(logging.ERROR if args.json else logging.INFO):
         start = time.perf_counter()
@@ -232,10 +237,9 @@ def _ensemble(args: argparse.Namespace) -> None:
         measured = format_metrics(answers.metrics, dataset.label_names)
         log.info("\n%s\n\non the test split:\n%s\n", _table(results), measured)
         if folder is not None:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            answers.save(folder.test_predictions)
+            answers.save(folder)
             if texts:
-                results["pseudo_labels"] = _label(members, pool, run, texts, folder.pseudo_labels)
+                results["pseudo_labels"] = _label(members, pool, run, texts, folder)
         device = devices.pick(args.device)
         results |= {
             "seconds": time.perf_counter() - start,
@@ -244,11 +248,10 @@ def _ensemble(args: argparse.Namespace) -> None:
             "hardware": devices.hardware(device),
         }
         if folder is not None:
-            write_json_atomic(folder.results, results)
+            folder.write_json(folder.results, results)
             more = f"; next: python train.py --pseudo-labels {folder.path}" if texts else ""
             log.info("%s%s", folder.results, more)
-    if args.json:
-        print(json.dumps(results))
+    return results
 
 
 def add_command(commands: Any) -> None:
@@ -260,10 +263,9 @@ def add_command(commands: Any) -> None:
         "training split, by a fit on their validation split, and measure them together on the "
         "test split. With --pseudo-labels, the dataset's unlabelled texts are labelled, for "
         "train.py --pseudo-labels (self-training).",
-        formatter_class=flags.Formatter,
     )
     parser.add_argument(
-        "run", nargs="+", type=Path, metavar="RUN", help="run folders that train.py wrote"
+        "run", nargs="+", type=flags.path, metavar="RUN", help="run folders that train.py wrote"
     )
     parser.add_argument(
         "--linear",
@@ -283,6 +285,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--pseudo-labels", action="store_true", help="label the dataset's unlabelled texts too"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for results.json")
+    parser.add_argument("--out", type=flags.path, metavar="DIR", help="new folder for results.json")
     flags.add_inference(parser, "the runs'")
     parser.set_defaults(run_command=_ensemble)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from typing import Any
 
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.config import TrainConfig
 from fasttx.load import load
 from fasttx.tasks import read_config
 from fasttx.text import splits as data
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder
+from fasttx.training.folder import RunFolder
 from fasttx.training.metrics import classification_metrics, format_metrics
 
 
@@ -38,16 +38,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     metrics = classification_metrics(logits.numpy(), split.labels)
     if args.json:
         where = args.dataset or f"validation split of {args.run}"
-        print(json.dumps({"dataset": where, "notes": split.notes, **metrics.to_dict()}))
+        found = {"dataset": where, "notes": split.notes, **metrics.to_dict()}
+        terminal.say_json(found)
     else:
-        print("\n".join([*split.notes, ""]) if split.notes else "", end="")
-        print(format_metrics(metrics, list(classifier.label_names)))
+        if split.notes:
+            terminal.say("\n".join([*split.notes, ""]))
+        terminal.say(format_metrics(metrics, list(classifier.label_names)))
 
 
 def add_command(commands: Any) -> None:
-    parser = commands.add_parser(
-        "evaluate", help="measure a trained run on labelled texts", formatter_class=flags.Formatter
-    )
+    parser = commands.add_parser("evaluate", help="measure a trained run on labelled texts")
     flags.add_run(parser)
     flags.add_inference(parser)
     parser.add_argument(

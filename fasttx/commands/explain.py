@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.errors import DataError
 from fasttx.load import load
@@ -17,16 +17,17 @@ from fasttx.reporting.attributions import explain as attribute
 
 def _explain(args: argparse.Namespace) -> None:
     if args.html:
-        page.check_folder(args.html)
+        page.check_place(args.html)
     # sdpa runs everywhere, and has gradients everywhere.
     model = load(args.run, device=args.device, attn_backend="sdpa")
     if len(model.label_names) < 2:
         raise DataError(f"{args.run} knows one label only: there is no decision to explain")
-    found = attribute(model, args.text)
-    print(explain.terminal(found, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    found = attribute(model, terminal.decoded(args.text))
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    terminal.say_coloured(explain.terminal(found, colours))
     if args.html:
         page.write(args.html, explain.html(found, args.run.resolve().name), {})
-        print(f"\n{args.html}: open it in a browser")
+        terminal.say(f"\n{args.html}: open it in a browser")
 
 
 def add_command(commands: Any) -> None:
@@ -36,7 +37,7 @@ def add_command(commands: Any) -> None:
     flags.add_run(parser)
     parser.add_argument("text", help="the text")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with attention maps as well"
+        "--html", type=flags.path, metavar="FILE", help="write a page with attention maps as well"
     )
     flags.add_device(parser)
     parser.set_defaults(run_command=_explain)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import re
+import sys
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from fasttx import terminal
 from fasttx.config import ModelConfig
+
+# More texts at a time than this is a slip of the keyboard.
+MOST_AT_A_TIME = 1_000_000
 
 
 class Formatter(argparse.HelpFormatter):
@@ -22,11 +29,111 @@ class RawEpilog(Formatter, argparse.RawDescriptionHelpFormatter):
     pass
 
 
+class Parser(argparse.ArgumentParser):
+    """Options may stand anywhere, between the other arguments too, and an error is one line.
+
+    What it finds has the attribute `accepts`: all flags of the command, such as --json.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Formatter, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which stops to look for further arguments once an option stands between.
+
+        (Its own `parse_intermixed_args` knows no subcommands.)
+        """
+        if self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        given = list(sys.argv[1:] if args is None else args)
+        found, unknown = super().parse_known_args(self._options_first(given), namespace)
+        if unknown := [argument for argument in unknown if argument != "--"]:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{_hint(unknown)}")
+        found.accepts = frozenset(self._option_string_actions)
+        return found, unknown
+
+    def _options_first(self, args: list[str]) -> list[str]:
+        options: list[str] = []
+        others: list[str] = []
+        while args:
+            argument = args.pop(0)
+            if argument == "--":
+                others += args
+                break
+            if not _is_option(argument):
+                others.append(argument)
+                continue
+            options.append(argument)
+            takes_one = "=" not in argument and self._takes_a_value(argument)
+            if takes_one and args and not _is_option(args[0]) and args[0] != "--":
+                options.append(args.pop(0))
+        return [*options, "--", *others] if others else options
+
+    def _takes_a_value(self, option: str) -> bool:
+        """Options may be shortened, as long as it is clear which one is meant."""
+        actions = self._option_string_actions
+        names = [option] if option in actions else [n for n in actions if n.startswith(option)]
+        return len({id(actions[n]) for n in names}) == 1 and actions[names[0]].nargs != 0
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
+        message = message if len(message) <= 1000 else message[:1000] + "..."
+        terminal.complain(f"{self.prog}: error: {terminal.one_line(message)} (see --help)")
+        raise SystemExit(2)
+
+
+def _is_option(argument: str) -> bool:
+    """As argparse has it: no number, and no text that begins with a dash and has spaces."""
+    return (
+        argument.startswith("-")
+        and len(argument) > 1
+        and argument != "--"
+        and not re.fullmatch(r"-\d+|-\d*\.\d+", argument)
+        and (" " not in argument or (argument.startswith("--") and "=" in argument.split(" ")[0]))
+    )
+
+
+def _hint(unknown: Sequence[str]) -> str:
+    dashed = any(argument.startswith("-") for argument in unknown)
+    return "; what begins with a dash and is no option goes behind --" if dashed else ""
+
+
+# --- what the text of an argument is read as ------------------------------------------------------
+
+
+def path(text: str) -> Path:
+    """A path; ~ is the home folder, also where no shell has seen to it (--out=~/x)."""
+    return Path(path_text(text))
+
+
+def path_text(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"is {text!r}; expected the name of a file or folder")
+    return os.path.expanduser(text)
+
+
+def at_a_time(text: str) -> int:
+    """A number of texts."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= MOST_AT_A_TIME:
+        raise argparse.ArgumentTypeError(
+            f"is {text[:40]}; expected at least 1 text at a time, and at most {MOST_AT_A_TIME:,}"
+        )
+    return number
+
+
 def _kind(hint: Any) -> Any:
     """The type a flag's text is read as: the hint, less its `| None`."""
     if isinstance(hint, types.UnionType):
         return next(t for t in typing.get_args(hint) if t is not type(None))
     return hint
+
+
+# Settings whose values are paths.
+PATHS = ("init_from", "pseudo_labels")
 
 
 def add_settings(parser: argparse.ArgumentParser, cls: type, without: Collection[str] = ()) -> None:
@@ -51,7 +158,8 @@ def add_setting(parser: Any, cls: type, name: str, choices: Sequence[str] = ()) 
     elif choices:
         options |= {"type": kind, "choices": choices}
     else:
-        options |= {"type": kind, "metavar": {str: "NAME", int: "N", float: "X"}[kind]}
+        read_as = path_text if name in PATHS else kind
+        options |= {"type": read_as, "metavar": {str: "NAME", int: "N", float: "X"}[kind]}
     parser.add_argument("--" + name.replace("_", "-"), **options)
 
 
@@ -80,7 +188,7 @@ def refuse_beside_resume(
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder that train.py wrote")
+    parser.add_argument("run", metavar="RUN", type=path, help="a run folder that train.py wrote")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +201,13 @@ def add_json(parser: argparse.ArgumentParser, text: str = "JSON instead of text"
 
 def add_inference(parser: argparse.ArgumentParser, whose: str = "the run's") -> None:
     """How trained runs are asked."""
-    parser.add_argument("--batch-size", type=int, default=64, help="texts at a time (default: 64)")
+    parser.add_argument(
+        "--batch-size",
+        type=at_a_time,
+        default=64,
+        metavar="N",
+        help="texts at a time (default: 64)",
+    )
     add_device(parser)
     parser.add_argument("--attn-backend", help=f"instead of {whose} own choice")
     add_json(parser)
@@ -101,11 +215,11 @@ def add_inference(parser: argparse.ArgumentParser, whose: str = "the run's") -> 
 
 def add_out(parser: Any) -> None:
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="new run folder (default: runs/...)"
+        "--out", type=path, metavar="DIR", help="new run folder (default: runs/...)"
     )
 
 
 def add_resume(parser: Any) -> None:
     parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="go on with this run; takes no other settings"
+        "--resume", type=path, metavar="RUN", help="go on with this run; takes no other settings"
     )

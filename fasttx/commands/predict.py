@@ -3,29 +3,73 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
+from fasttx import terminal
 from fasttx.commands import flags
 from fasttx.errors import DataError
 from fasttx.load import load
 
 
 def _read_texts(args: argparse.Namespace) -> list[str]:
-    texts: list[str] = list(args.text)
-    if args.file:
+    """Those of the command line, then those of the file; without both, those of standard input."""
+    texts = [terminal.decoded(text) for text in args.text]
+    if args.file is None and texts:
+        return texts
+    if args.file is None and sys.stdin is not None and sys.stdin.isatty():
+        raise DataError("no text: give texts, --file FILE, or lines on standard input")
+    if args.file in (None, "-"):
+        return texts + lines_of(_standard_input(), "standard input")
+    with open(args.file, "rb") as f:
+        return texts + lines_of(f.read(), args.file)
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise DataError(
+            "no text: standard input is closed; give texts, --file FILE, or lines on standard input"
+        )
+    buffer = getattr(sys.stdin, "buffer", None)  # a stand-in may have none
+    if buffer is None:
+        return sys.stdin.read().encode("utf-8", "surrogatepass")
+    try:
+        content: bytes = buffer.read()
+    except OSError as error:
+        error.filename = "standard input"
+        raise
+    return content
+
+
+def lines_of(content: bytes, where: str) -> list[str]:
+    """The lines, blank ones too, of UTF-8 text. They end at \\n or \\r\\n and at nothing else.
+
+    Bytes that are not UTF-8 become U+FFFD, and a note says how many lines have such. Raises
+    DataError for UTF-16, which Windows calls Unicode.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(
+            f"{where} is UTF-16; expected UTF-8. Convert it, for instance with: iconv -f utf-16 -t "
+            "utf-8"
+        )
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    if not lines[-1]:  # what follows the last line's end is no line
+        lines.pop()
+    texts, undecodable = [], 0
+    for line in lines:
+        line = line.removesuffix(b"\r")
         try:
-            lines = Path(args.file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{args.file} cannot be read as UTF-8 text: {error}") from error
-        texts += [line for line in lines if line.strip()]
-    if not texts and not args.file:
-        if sys.stdin.isatty():
-            raise DataError("no text: give texts, --file FILE, or lines on standard input")
-        texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+            texts.append(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            texts.append(line.decode("utf-8", "replace"))
+            undecodable += 1
+    if undecodable:
+        terminal.complain(
+            f"note: {undecodable:,} of {len(lines):,} lines of {where} are not UTF-8; what cannot "
+            "be decoded is read as U+FFFD"
+        )
     return texts
 
 
@@ -34,18 +78,21 @@ def _predict(args: argparse.Namespace) -> None:
     texts = _read_texts(args)
     for text, p in zip(texts, classifier.predict(texts, batch_size=args.batch_size), strict=True):
         if args.json:
-            print(json.dumps({"text": text, **dataclasses.asdict(p)}, ensure_ascii=False))
+            terminal.say_json({"text": text, **dataclasses.asdict(p)})
         else:
             shown = text if len(text) <= 80 else text[:77] + "..."
-            print(f"{p.label}  {p.probability:7.2%}  {shown}")
+            line = f"{p.label}  {p.probability:7.2%}  {shown}"
+            terminal.say(terminal.one_line(line).rstrip())
 
 
 def add_command(commands: Any) -> None:
-    parser = commands.add_parser(
-        "predict", help="label texts with a trained run", formatter_class=flags.Formatter
-    )
+    parser = commands.add_parser("predict", help="label texts with a trained run")
     flags.add_run(parser)
     flags.add_inference(parser)
     parser.add_argument("text", nargs="*", help="texts (default: lines of standard input)")
-    parser.add_argument("--file", help="a UTF-8 file, one text a line")
+    parser.add_argument(
+        "--file",
+        type=flags.path_text,
+        help="a UTF-8 file, one text a line, after those given as arguments; -: standard input",
+    )
     parser.set_defaults(run_command=_predict)

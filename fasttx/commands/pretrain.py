@@ -12,7 +12,7 @@ from fasttx.config import PRETRAIN, ModelConfig, PretrainConfig
 from fasttx.tasks import TASKS, read_config
 from fasttx.text import splits as data
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder
+from fasttx.training.folder import RunFolder
 
 # Settings of a classifier's training that say nothing here.
 WITHOUT = (
@@ -22,7 +22,8 @@ WITHOUT = (
 
 
 def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    values = {k: v for k, v in vars(args).items() if k not in ("run_command", "resume")}
+    others = ("run_command", "resume", "accepts")
+    values = {k: v for k, v in vars(args).items() if k not in others}
     flags.refuse_beside_resume(parser, args.resume, values)
     out = values.pop("out")
     settings, model = flags.split(values)
@@ -45,7 +46,6 @@ def add_command(commands: Any) -> None:
         help="learn from texts without labels; for train.py --init-from",
         description="Train the encoder as a masked language model, on the texts of a dataset's "
         "training split and on its unlabelled texts (unsupervised.parquet, train/unsup, ...).",
-        formatter_class=flags.Formatter,
     )
     folder = parser.add_argument_group("run folder")
     flags.add_out(folder)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from fasttx import terminal
 from fasttx.commands import flags
-from fasttx.reporting import html_report, page
+from fasttx.reporting import html_report, page, plots
 from fasttx.reporting.finished import open_run
 
 
 def _report(args: argparse.Namespace) -> None:
     out = args.out or args.run / "report.html"
-    if args.out:
-        page.check_folder(out)  # before minutes of work
+    plots.require_matplotlib()
+    if args.out or args.run.is_dir():
+        page.check_place(out, pictures=True)
     html, pictures = html_report.build(open_run(args.run, args.device))
     folder = page.write(out, html, pictures)
-    print(f"{out}: open it in a browser; its {len(pictures)} pictures: {folder}/*.png")
+    terminal.say(f"{out}: open it in a browser; its {len(pictures)} pictures: {folder}/*.png")
 
 
 def add_command(commands: Any) -> None:
@@ -27,7 +28,7 @@ def add_command(commands: Any) -> None:
     flags.add_run(parser)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=flags.path,
         metavar="FILE",
         help="the page (default: RUN/report.html); PNGs go beside it",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +10,21 @@ from typing import Any
 from fasttx.commands import flags
 from fasttx.config import ENCODER_SHAPE, RECIPES, ModelConfig, TrainConfig
 from fasttx.tasks import read_config
-from fasttx.training.checkpoint import RunFolder
+from fasttx.training.folder import RunFolder
 from fasttx.version import __version__
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What train.py was asked: a run to resume, or a recipe and the settings that change it."""
+    """What train.py was asked: a run to resume, or a recipe and the settings that change it;
+    and the flags that it accepts beside them."""
 
     resume: Path | None
     recipe: str | None
     out: Path | None
     settings: dict[str, Any]
     model_settings: dict[str, Any]
+    accepts: frozenset[str] = frozenset()
 
     @property
     def dataset(self) -> str:
@@ -49,7 +50,7 @@ class TrainOptions:
 
 
 def options(argv: Sequence[str] | None = None) -> TrainOptions:
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         "train.py",
         description="Train a Transformer text classifier; the defaults are those of the recipe.",
         epilog="recipes:\n" + "\n".join(_recipe_line(name, c) for name, c in RECIPES.items()),
@@ -67,9 +68,11 @@ def options(argv: Sequence[str] | None = None) -> TrainOptions:
     for cls in (TrainConfig, ModelConfig):
         flags.add_settings(parser, cls)
     values = vars(parser.parse_args(argv))
-    resume = values.pop("resume")
+    resume, accepts = values.pop("resume"), values.pop("accepts")
     flags.refuse_beside_resume(parser, resume, values)
-    return TrainOptions(resume, values.pop("recipe"), values.pop("out"), *flags.split(values))
+    recipe, out = values.pop("recipe"), values.pop("out")
+    accepts = frozenset() if resume else accepts
+    return TrainOptions(resume, recipe, out, *flags.split(values), accepts)
 
 
 def _recipe_line(name: str, c: TrainConfig) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
 from fasttx.models.encoder import Encoder
 from fasttx.models.layers import linear, product_and_bias
+from fasttx.models.mean_pool import pool
+from fasttx.models.module import room_for
 from fasttx.ops import registry
 from fasttx.ops.contract import Operations
 from fasttx.ops.dropout import Dropout
-from fasttx.text.packing import sequence_ids
 
 
 class ClassifierHead(nn.Module):
@@ -27,20 +27,6 @@ class ClassifierHead(nn.Module):
     def forward(self, x: Tensor, ops: Operations, dropout: Dropout) -> Tensor:
         x, bias = product_and_bias(ops, self.dense, x)
         return linear(ops, self.classify, ops.bias_act(x, bias, dropout, "gelu"))
-
-
-def mean_pool(n: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean over the rows of each sequence: (T, d) -> (B, d), 0 for an empty one.
-
-    One product with a (B, T) matrix: unlike index_add it is reproducible on every device.
-    """
-    lens = cu_seqlens.diff()
-    batch = torch.arange(len(lens), device=n.device)
-    member = sequence_ids(cu_seqlens, len(n)) == batch[:, None]
-    with torch.autocast(n.device.type, enabled=False):
-        wide = n.to(torch.promote_types(n.dtype, torch.float32))
-        pooled = (member.to(wide.dtype) @ wide) / lens.clamp(min=1)[:, None].to(wide.dtype)
-    return pooled.to(n.dtype)
 
 
 class TransformerClassifier(Encoder):
@@ -67,14 +53,14 @@ class TransformerClassifier(Encoder):
         attention_dropout: float | None = None,
     ) -> None:
         registry.check_name(attn_backend)  # whose message lists the names, whatever was given
-        super().__init__(
-            ModelConfig(
-                vocab_size, num_classes, d_model, num_heads, num_layers, d_ff, max_len, dropout,
-                attn_backend, activation, attention_dropout,
-            )
+        config = ModelConfig(
+            vocab_size, num_classes, d_model, num_heads, num_layers, d_ff, max_len, dropout,
+            attn_backend, activation, attention_dropout,
         )  # fmt: skip
-        self.head = ClassifierHead(self.config)
-        self.reset_parameters()
+        with room_for(config):
+            super().__init__(config)
+            self.head = ClassifierHead(config)
+            self.reset_parameters()
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> TransformerClassifier:
@@ -97,6 +83,8 @@ class TransformerClassifier(Encoder):
         position_ids (T,) and max_seqlen (any upper bound) save work when given.
         Padded, without: input_ids (B, L), attention_mask (B, L) bool or 0/1 with 1 = real token;
         None means `input_ids != 0`. Padding may stand anywhere: logits do not depend on it.
+        Values (of the mask, ids outside the table, cu_seqlens) are checked on the CPU only: on
+        another device that would wait for it.
         seed: () int64 tensor on the device, the forward seed of every dropout mask; None draws one
         from torch's generator in training. return_attention adds, for each layer, the attention
         weights (B, H, max_seqlen, max_seqlen) before dropout, computed by the reference.
@@ -105,5 +93,6 @@ class TransformerClassifier(Encoder):
             input_ids, attention_mask, cu_seqlens=cu_seqlens, position_ids=position_ids,
             max_seqlen=max_seqlen, seed=seed, return_attention=return_attention,
         )  # fmt: skip
-        logits = self.head(mean_pool(encoded.n, encoded.cu_seqlens), self._ops, encoded.dropout)
+        pooled = pool(encoded.n, encoded.cu_seqlens, encoded.max_seqlen)
+        logits = self.head(pooled, self._ops, encoded.dropout)
         return (logits, encoded.attention) if return_attention else logits

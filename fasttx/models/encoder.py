@@ -14,20 +14,27 @@ from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
 from fasttx.models.layers import add_norm, linear, product_and_bias
+from fasttx.models.module import Model
 from fasttx.ops import registry
-from fasttx.ops.contract import Operations, Spans
-from fasttx.ops.dropout import NO_DROPOUT, Dropout, site_seeds
+from fasttx.ops.arguments import check_integers, kind
+from fasttx.ops.contract import Operations, Spans, check_cu_seqlens
+from fasttx.ops.dropout import NO_DROPOUT, Dropout, require_seed, site_seeds
 from fasttx.text.packing import positions, unpad
 
 
-def sinusoidal_positions(max_len: int, d_model: int) -> Tensor:
-    """(max_len, d_model): sine in even columns, cosine in odd ones (Vaswani et al., 2017, 3.5)."""
-    position = torch.arange(max_len, dtype=torch.float64)[:, None]
-    rate = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(1e4) / d_model))
-    table = torch.empty(max_len, d_model, dtype=torch.float64)
+def sinusoidal_positions(max_len: int, d_model: int, dtype: torch.dtype | None = None) -> Tensor:
+    """(max_len, d_model): sine in even columns, cosine in odd ones (Vaswani et al., 2017, 3.5).
+
+    In torch's default dtype, unless one is given. On the CPU, whatever the default device is: that
+    may be one without values or without float64.
+    """
+    wide = {"dtype": torch.float64, "device": "cpu"}
+    position = torch.arange(max_len, **wide)[:, None]
+    rate = torch.exp(torch.arange(0, d_model, 2, **wide) * (-math.log(1e4) / d_model))
+    table = torch.empty(max_len, d_model, **wide)
     table[:, 0::2] = torch.sin(position * rate)
     table[:, 1::2] = torch.cos(position * rate)
-    return table.to(torch.get_default_dtype())
+    return table.to(dtype or torch.get_default_dtype())
 
 
 class EncoderBlock(nn.Module):
@@ -90,30 +97,36 @@ class Encoded(NamedTuple):
 
     n: Tensor  # (T, d): the rows, normed
     cu_seqlens: Tensor  # (B + 1,) int32
+    max_seqlen: int
     dropout: Dropout  # of the head
     attention: tuple[Tensor, ...]  # for each layer (B, H, max_seqlen, max_seqlen), if asked for
 
 
-class Encoder(nn.Module):
+class Encoder(Model):
     """Embedding, blocks and final norm: what every head stands on.
 
     The backend is checked here and resolved for the parameters' device and dtype, again whenever
     the module moves: a model built on the CPU and moved to a GPU works, and `auto` follows.
+    The position table is no weight, so no state dict holds it: it is filled again whenever the
+    module moves, which may have left it without values (`to_empty`).
     A subclass adds its head, then calls `reset_parameters`.
     """
 
     positions: Tensor
+    _table_dtype = torch.float32  # that the table is rounded to before it moves
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         registry.check_name(config.attn_backend)
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        table = sinusoidal_positions(config.max_len, config.d_model)
+        table = torch.empty(config.max_len, config.d_model)
+        self._table_dtype = table.dtype
         self.register_buffer("positions", table, persistent=False)
         blocks = [EncoderBlock(config) for _ in range(config.num_layers)]
         self.blocks: Sequence[EncoderBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.LayerNorm(config.d_model)
+        self._fill_positions()
         self._resolve_backend()
 
     def reset_parameters(self) -> None:
@@ -133,15 +146,43 @@ class Encoder(nn.Module):
         self._ops: Operations = registry.resolve_later(
             self.config.attn_backend, weight.device, weight.dtype, head_dim
         )
+        self._resolved_for = weight.device, weight.dtype
+
+    def _fill_positions(self) -> None:
+        held = self.positions
+        if held.is_meta:
+            return
+        table = sinusoidal_positions(*held.shape, dtype=self._table_dtype)
+        if held.is_inference() and not torch.is_inference_mode_enabled():
+            self.positions = table.to(held.device, held.dtype)  # it takes no values any more
+        else:
+            with torch.no_grad():
+                held.copy_(table)  # in place: it may be shared, or part of a CUDA graph
+
+    def _follow_embedding(self) -> None:
+        """To where its weights are now, which somebody put there one by one."""
+        device, dtype = self.embedding.device, self.positions.dtype
+        if self.positions.device != device:
+            self.positions = torch.empty(self.positions.shape, dtype=dtype, device=device)
+            self._fill_positions()
+        self._resolve_backend()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Encoder:
         super()._apply(fn, recurse)
+        self._fill_positions()
         self._resolve_backend()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        before = self.embedding.dtype
+        super()._load_from_state_dict(*args, **options)
+        if self.embedding.dtype != before:  # with assign=True weights bring their dtype
+            self.positions = self.positions.to(self.embedding.dtype)
+        self._follow_embedding()
+
     def __getstate__(self) -> dict[str, Any]:
         # Functions of a backend are not part of a copy, which may wake up on another machine.
-        return {k: v for k, v in self.__dict__.items() if k != "_ops"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_ops", "_resolved_for")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -167,6 +208,11 @@ class Encoder(nn.Module):
         return_attention: bool = False,
     ) -> Encoded:
         """The rows after the last norm; the arguments are those of `TransformerClassifier`."""
+        check_integers("input_ids", input_ids)
+        if seed is not None:
+            require_seed(seed)
+        if self._resolved_for != (self.embedding.device, self.embedding.dtype):
+            self._follow_embedding()
         if cu_seqlens is None:
             input_ids, cu_seqlens = self._unpad(input_ids, attention_mask)
             position_ids = max_seqlen = None
@@ -175,8 +221,10 @@ class Encoder(nn.Module):
                 f"input_ids has shape {tuple(input_ids.shape)} beside cu_seqlens; expected packed "
                 "(T,) ids and no attention_mask, or padded (B, L) ids without cu_seqlens"
             )
+        check_cu_seqlens(cu_seqlens)
         if max_seqlen is None:
             max_seqlen = self._longest(cu_seqlens)
+        spans = Spans.from_cu_seqlens(cu_seqlens, max_seqlen, len(input_ids))
         if max_seqlen > self.config.max_len:
             raise ValueError(
                 f"max_seqlen allows for {max_seqlen} tokens; expected at most max_len = "
@@ -184,8 +232,8 @@ class Encoder(nn.Module):
             )
         if position_ids is None:
             position_ids = positions(cu_seqlens, len(input_ids))
+        check_integers("position_ids", position_ids)
 
-        spans = Spans.from_cu_seqlens(cu_seqlens, max_seqlen, len(input_ids))
         at_embedding, *in_blocks, at_head = self._dropouts(seed)
         ops, scale = self._ops, math.sqrt(self.config.d_model)
         h = ops.embed(input_ids, position_ids, self.embedding, self.positions, at_embedding, scale)
@@ -197,9 +245,11 @@ class Encoder(nn.Module):
                 weights.append(_weights(block.project(n, ops), spans))
             sites = in_blocks[EncoderBlock.SITES * i : EncoderBlock.SITES * (i + 1)]
             h, n = block(h, n, norms[i + 1], ops, spans, sites)
-        return Encoded(n, cu_seqlens, at_head, tuple(weights))
+        return Encoded(n, cu_seqlens, max_seqlen, at_head, tuple(weights))
 
     def _unpad(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"attention_mask is {kind(mask)}; expected a tensor of bool, or 0/1")
         if input_ids.dim() != 2 or (mask is not None and mask.shape != input_ids.shape):
             shape = "none" if mask is None else tuple(mask.shape)
             raise ValueError(
@@ -211,7 +261,7 @@ class Encoder(nn.Module):
     def _longest(self, cu_seqlens: Tensor) -> int:
         # Reading a size is free on the CPU; elsewhere it would stall, so the bound is max_len.
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-            return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+            return max(0, int(cu_seqlens.diff().max())) if len(cu_seqlens) > 1 else 0
         return self.config.max_len
 
     def _dropouts(self, seed: Tensor | None) -> list[Dropout]:

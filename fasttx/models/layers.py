@@ -14,14 +14,20 @@ from torch.nn.modules import module as torch_module
 from fasttx.ops.contract import Operations
 from fasttx.ops.dropout import Dropout
 
+_LINEAR, _LAYER_NORM = nn.Linear.forward, nn.LayerNorm.forward  # before anybody replaces them
+
 
 def is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling `layer` would compute x weight^T + bias and do nothing else."""
-    return type(layer) is nn.Linear and not _is_changed(layer)
+    return type(layer) is nn.Linear and nn.Linear.forward is _LINEAR and not _is_changed(layer)
 
 
 def is_layer_norm(layer: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    return type(layer) is nn.LayerNorm and not _is_changed(layer)
+    return (
+        type(layer) is nn.LayerNorm
+        and nn.LayerNorm.forward is _LAYER_NORM
+        and not _is_changed(layer)
+    )
 
 
 def _is_changed(layer: nn.Module) -> bool:

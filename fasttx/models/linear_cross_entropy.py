@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fasttx.ops.arguments import check_floats, row_numbers
+
 # Logits of a chunk: on a CPU as many as stay in its cache, elsewhere as many as keep it busy.
 CPU_CHUNK, CHUNK = 2**20, 2**25
 
 
-@torch.compiler.disable
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -27,8 +28,27 @@ def linear_cross_entropy(
 
     x (M, d), weight (V, d), bias (V,), floating; labels (M,) int64 -> () float32 (float64 for
     float64 inputs), () int64. Under autocast the products are in its dtype, the loss in float32.
-    Differentiable once in x, weight and bias.
+    Differentiable once in x, weight and bias. Raises ValueError and TypeError for inputs that do
+    not fit together, IndexError for a label that is no word where it can be read without a wait.
     """
+    if x.dim() != 2 or weight.shape[1:] != x.shape[1:] or bias.shape != weight.shape[:1]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
+        raise ValueError(
+            f"x, weight and bias have shapes {shapes}; expected (M, d), (V, d) and (V,)"
+        )
+    check_floats("x, weight and bias", x, weight, bias)
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; expected {(len(x),)}")
+    labels = row_numbers("labels", labels, len(weight), "the vocabulary").long()
+    if torch.compiler.is_compiling():  # which cannot follow the loop over chunks
+        from fasttx.models import outside_graph
+
+        return outside_graph.call(_summed, x, weight, bias, labels)
+    return _summed(x, weight, bias, labels)
+
+
+def _summed(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` of arguments that have been checked."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return _LinearCrossEntropy.apply(x, weight, bias, labels, dtype, torch.is_grad_enabled())

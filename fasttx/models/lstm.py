@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
 from fasttx.models.classifier import TransformerClassifier
+from fasttx.models.module import Model, room_for
+from fasttx.ops.arguments import row_numbers
+from fasttx.ops.contract import Spans, check_cu_seqlens
 from fasttx.ops.dropout import Dropout, require_seed, row_dropout, site_seeds
 
 
@@ -35,7 +38,7 @@ def equal_hidden_size(config: ModelConfig) -> int:
     return hidden
 
 
-class LSTMClassifier(nn.Module):
+class LSTMClassifier(Model):
     """Embedding - dropout - bidirectional LSTM - mean over real tokens - dropout - Linear.
 
     Source: Hochreiter, Schmidhuber, "Long Short-Term Memory", Neural Computation 9(8), 1997; both
@@ -47,12 +50,13 @@ class LSTMClassifier(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.hidden_size = equal_hidden_size(config)
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.onward = nn.LSTM(config.d_model, self.hidden_size, batch_first=True)
-        self.from_end = nn.LSTM(config.d_model, self.hidden_size, batch_first=True)
-        self.classify = nn.Linear(2 * self.hidden_size, config.num_classes)
-        self.reset_parameters()
+        with room_for(config):  # it is as large as that Transformer
+            self.hidden_size = equal_hidden_size(config)
+            self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+            self.onward = nn.LSTM(config.d_model, self.hidden_size, batch_first=True)
+            self.from_end = nn.LSTM(config.d_model, self.hidden_size, batch_first=True)
+            self.classify = nn.Linear(2 * self.hidden_size, config.num_classes)
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Torch's defaults, an embedding of unit variance included; the forget gates start open
@@ -80,12 +84,20 @@ class LSTMClassifier(nn.Module):
         max_seqlen, any upper bound on the lengths, saves a wait for the device when given.
         seed: () int64 tensor on the device, the forward seed of both dropout masks, required in
         training. position_ids is what any model of `Trainer` is given; an LSTM needs none.
+        Raises TypeError, ValueError and IndexError as the Transformer does.
         """
+        ids = row_numbers("input_ids", input_ids, len(self.embedding), "the embedding table")
+        if ids.dim() != 1:
+            raise ValueError(f"input_ids has shape {tuple(ids.shape)}; expected packed (T,) ids")
+        check_cu_seqlens(cu_seqlens)
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().clamp(min=0).max()) if len(cu_seqlens) > 1 else 0
+        Spans.from_cu_seqlens(cu_seqlens, max_seqlen, len(ids))
+        if seed is not None:
+            require_seed(seed)
         p = self.config.dropout if self.training else 0.0
         at_words, at_text = site_seeds(require_seed(seed), 2).unbind() if p else (None, None)
-        x = row_dropout(F.embedding(input_ids, self.embedding), Dropout.of(p, at_words))
-        if max_seqlen is None:
-            max_seqlen = int(cu_seqlens.diff().max())
+        x = row_dropout(F.embedding(ids, self.embedding), Dropout.of(p, at_words))
         pooled = self._pool_states(x, cu_seqlens, max_seqlen)
         pooled = row_dropout(pooled, Dropout.of(p, at_text))
         logits: Tensor = self.classify(pooled)
@@ -99,6 +111,8 @@ class LSTMClassifier(nn.Module):
         of each time step would there be a tensor as large as the whole batch.
         """
         starts, lens = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]
+        if not len(lens):  # torch's LSTM takes no batch of none
+            return x.new_zeros(0, 2 * self.hidden_size)
         step = torch.arange(max(max_seqlen, 1), device=x.device)
         real = step < lens
         rows = torch.cat([x, x.new_zeros(1, x.shape[1])])  # the last one is padding

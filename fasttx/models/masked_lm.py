@@ -17,6 +17,8 @@ from fasttx.config import ModelConfig
 from fasttx.models.encoder import Encoder
 from fasttx.models.layers import product_and_bias
 from fasttx.models.linear_cross_entropy import linear_cross_entropy
+from fasttx.models.module import room_for
+from fasttx.ops.arguments import row_numbers
 from fasttx.ops.contract import Operations
 from fasttx.ops.dropout import NO_DROPOUT
 from fasttx.text.packing import RaggedIds
@@ -45,9 +47,10 @@ class MaskedLanguageModel(Encoder):
     """`TransformerClassifier`'s encoder, weight names included, under a `MaskedHead`."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.head = MaskedHead(config)
-        self.reset_parameters()
+        with room_for(config):
+            super().__init__(config)
+            self.head = MaskedHead(config)
+            self.reset_parameters()
 
     def forward(
         self, input_ids: Tensor, *, rows: Tensor, cu_seqlens: Tensor,
@@ -55,11 +58,17 @@ class MaskedLanguageModel(Encoder):
         seed: Tensor | None = None, labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Logits (M, vocab_size) for the rows (M,) int64 of packed input_ids (T,); with labels
-        (M,) int64, the words that stand there, their summed loss and how many are named right."""
+        (M,) int64, the words that stand there, their summed loss and how many are named right.
+
+        Raises TypeError, ValueError and IndexError for inputs that cannot be; the values of those
+        on another device than the CPU are not read."""
         encoded = self.encode(
             input_ids, cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=max_seqlen,
             seed=seed,
         )  # fmt: skip
+        rows = row_numbers("rows", rows, len(encoded.n), "the packed batch")
+        if rows.dim() != 1:
+            raise ValueError(f"rows has shape {tuple(rows.shape)}; expected (M,)")
         x = self.head(encoded.n[rows], self._ops)
         if labels is None:
             return F.linear(x, self.embedding, self.head.bias)

@@ -9,6 +9,7 @@ or are made of launchers by `fused.FusedOperations`, which adds what is the same
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasttx.ops.arguments import (
+    ROW_NUMBERS,
+    check_finite,
+    check_floats,
+    kind,
+    readable,
+    row_numbers,
+)
 from fasttx.ops.dropout import NO_DROPOUT, Dropout, require_seed
 
 LAYER_NORM_EPS = 1e-5
@@ -37,31 +46,51 @@ class Spans(NamedTuple):
     def of(cls, starts: Tensor, lens: Tensor, max_seqlen: int, rows: int) -> Spans:
         """Checked spans of a batch with so many rows.
 
-        Types and shapes are checked everywhere; values only on the CPU, where reading them does not
-        wait for a device. Raises TypeError and ValueError.
+        Types and shapes are checked everywhere, values where they are `readable`. Raises TypeError
+        and ValueError.
         """
-        for name, x in (("seq_starts", starts), ("seq_lens", lens)):
-            if x.dtype not in _INTEGERS or x.dim() != 1 or x.shape != lens.shape:
-                raise TypeError(
-                    f"{name} is {x.dtype} {tuple(x.shape)}; expected int32 (B,), the same B for "
-                    "both"
-                )
-        if starts.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_values(starts, lens, max_seqlen, rows)
+        check_spans(cls(starts, lens, max_seqlen), rows)
         return cls(starts.to(torch.int32), lens.to(torch.int32), max_seqlen)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, rows: int) -> Spans:
         """Those that `cu_seqlens` (B + 1,) bounds, as FlashAttention has it; raises as `of`."""
-        if cu_seqlens.dtype not in _INTEGERS or cu_seqlens.dim() != 1 or not len(cu_seqlens):
-            raise TypeError(
-                f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; expected int32 "
-                "(B + 1,)"
+        check_cu_seqlens(cu_seqlens)
+        spans = cls.of(cu_seqlens[:-1], cu_seqlens.diff(), max_seqlen, rows)
+        if readable(cu_seqlens) and (first := int(cu_seqlens[0])):
+            raise ValueError(
+                f"cu_seqlens begins with {first}; expected 0: the first sequence begins in row 0"
             )
-        return cls.of(cu_seqlens[:-1], cu_seqlens.diff(), max_seqlen, rows)
+        return spans
 
 
-_INTEGERS = (torch.int32, torch.int64)
+def check_spans(spans: Spans, rows: int, values: bool = True) -> None:
+    """As `Spans.of` checks; without the values where a kernel looks at them itself."""
+    starts, lens, max_seqlen = spans
+    for name, x in (("seq_starts", starts), ("seq_lens", lens)):
+        if not isinstance(x, Tensor) or x.dtype not in ROW_NUMBERS or x.dim() != 1:
+            raise TypeError(f"{name} is {kind(x)}; expected int32 (B,), the same B for both")
+    if starts.shape != lens.shape:
+        raise TypeError(
+            f"seq_starts is {kind(starts)} and seq_lens {kind(lens)}; expected int32 (B,), the "
+            "same B for both"
+        )
+    if torch.compiler.is_compiling():
+        return
+    whole = isinstance(max_seqlen, numbers.Integral | torch.SymInt)
+    if not whole or isinstance(max_seqlen, bool):
+        raise TypeError(f"max_seqlen is {max_seqlen!r}; expected an int")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen is {max_seqlen}; expected the longest length, 0 or more")
+    if values and readable(starts) and readable(lens):
+        _check_values(starts, lens, max_seqlen, rows)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """Raises TypeError for what is not (B + 1,) int32 or int64; `Spans` checks the values."""
+    is_wrong = not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in ROW_NUMBERS
+    if is_wrong or cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        raise TypeError(f"cu_seqlens is {kind(cu_seqlens)}; expected int32 (B + 1,)")
 
 
 def _check_values(starts: Tensor, lens: Tensor, max_seqlen: int, rows: int) -> None:
@@ -101,8 +130,11 @@ class Operations(ABC):
 
     The public methods check their arguments, the same way for all, and call what a backend defines:
     `_attend`, `_embed`, `_add_norm`, `_bias_act`. They raise ValueError for shapes that do not fit
-    and for tensors on several devices.
+    and for tensors on several devices, TypeError for another dtype. Values are checked where they
+    are `readable`: spans as `Spans.of` has it, and IndexError for ids outside their table.
     """
+
+    _checks_spans = False  # whether its kernels refuse spans that leave the rows, at every call
 
     def attention(
         self, qkv: Tensor, spans: Spans, dropout: Dropout = NO_DROPOUT, *, causal: bool = False,
@@ -114,9 +146,10 @@ class Operations(ABC):
         """
         if qkv.dim() != 4 or qkv.shape[1] != 3:
             raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (T, 3, H, D)")
+        check_floats("qkv", qkv)
+        how = self._how(spans, dropout, causal, scale, len(qkv), qkv.shape[-1])
         _check_site(dropout, qkv, spans.starts, spans.lens)
-        scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-        return self._attend_packed(qkv, Attend(spans, dropout, causal, scale))
+        return self._attend_packed(qkv, how)
 
     def attention_qkv(
         self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, dropout: Dropout = NO_DROPOUT, *,
@@ -126,9 +159,10 @@ class Operations(ABC):
         if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
             shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
             raise ValueError(f"q, k, v have shapes {shapes}; expected three equal (T, H, D)")
+        check_floats("q, k, v", q, k, v)
+        how = self._how(spans, dropout, causal, scale, len(q), q.shape[-1])
         _check_site(dropout, q, k, v, spans.starts, spans.lens)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return self._attend(q, k, v, Attend(spans, dropout, causal, scale))
+        return self._attend(q, k, v, how)
 
     def embed(
         self, ids: Tensor, position_ids: Tensor, table: Tensor, positions: Tensor, dropout: Dropout,
@@ -146,6 +180,10 @@ class Operations(ABC):
             raise ValueError(
                 f"table and positions have shapes {shapes}; expected (V, d) and (longest, d)"
             )
+        check_floats("table and positions", table, positions)
+        ids = row_numbers("ids", ids, len(table), "the embedding table")
+        position_ids = row_numbers("position_ids", position_ids, len(positions), "the positions")
+        check_finite("scale", scale)
         _check_site(dropout, table, ids, position_ids, positions)
         return self._embed(ids, position_ids, table, positions, dropout, scale)
 
@@ -162,6 +200,8 @@ class Operations(ABC):
             raise ValueError(f"h and y have shapes {shapes}; expected two equal (T, d)")
         for name, x in (("bias", bias), ("gamma", gamma), ("beta", beta)):
             _check_vector(name, x, h.shape[1])
+        check_floats("h and y", h, y)
+        check_finite("eps", eps)
         _check_site(dropout, h, y, bias, gamma, beta)
         return self._add_norm(h, y, bias, gamma, beta, dropout, eps)
 
@@ -173,6 +213,7 @@ class Operations(ABC):
             )
         if u.dim() != 2:
             raise ValueError(f"u has shape {tuple(u.shape)}; expected (T, d)")
+        check_floats("u", u)
         _check_vector("bias", bias, u.shape[1])
         _check_site(dropout, u, bias)
         return self._bias_act(u, bias, dropout, activation)
@@ -180,6 +221,16 @@ class Operations(ABC):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x weight^T + bias, as `torch.nn.functional.linear`: x (T, in), weight (out, in)."""
         return F.linear(x, weight, bias)
+
+    def _how(
+        self, spans: Spans, dropout: Dropout, causal: bool, scale: float | None, rows: int,
+        head_dim: int,
+    ) -> Attend:  # fmt: skip
+        check_spans(spans, rows, values=not self._checks_spans)
+        if scale is None:
+            scale = max(head_dim, 1) ** -0.5
+        check_finite("scale", scale)
+        return Attend(spans, dropout, causal, scale)
 
     # --- what a backend defines -------------------------------------------------------------------
 

@@ -46,9 +46,10 @@ class Cpu(Adapter):
         from fasttx.kernels.cpu import add_norm, attention, bias_act, embed
 
         stored, stream = (torch.float32, torch.bfloat16), (torch.float32,)
-        return FusedOperations(
-            "cpu", Launchers(attention, embed, add_norm, bias_act, stored, stream, ("CPU",))
+        launchers = Launchers(
+            attention, embed, add_norm, bias_act, stored, stream, ("CPU",), checks_spans=True
         )
+        return FusedOperations("cpu", launchers)
 
 
 adapter: Adapter = Cpu()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fasttx.ops import registry
+from fasttx.ops.arguments import real_tokens
 from fasttx.ops.contract import Spans
 from fasttx.ops.dropout import NO_DROPOUT, Dropout
 
@@ -16,12 +17,8 @@ def _spans(mask: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
     if mask is None:
         zero = torch.zeros(batch, dtype=torch.int32, device=q.device)
         return zero, zero + length
-    if mask.shape != (batch, length):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; expected {(batch, length)}: "
-            "one bool or 0/1 a key, 1 = real token"
-        )
-    real = mask.to(q.device).bool()
+    # The search for holes waits for the device anyway.
+    real = real_tokens(mask, (batch, length), wait=True).to(q.device)
     position = torch.arange(length, device=q.device)
     start = real.to(torch.uint8).argmax(1) if length else real.sum(1)
     lens = real.sum(1)
@@ -50,7 +47,8 @@ def scaled_dot_product_attention(
 
     attention_mask (B, L), bool or 0/1, 1 = real token (Hugging Face's sense); the rows of padding
     come out 0. Dropout draws its seed from torch's default generator. `is_causal` counts from a
-    row's first real token. Raises ValueError for shapes that differ and for masks with holes.
+    row's first real token. Raises ValueError for shapes that differ, for masks with holes, and for
+    those with other values than 0 and 1, such as additive ones.
     """
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))

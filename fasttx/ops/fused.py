@@ -99,6 +99,7 @@ class Launchers:
     dtypes: of what linear layers take and give (qkv, y, u); stream: of the residual stream, vectors
     and tables. Tensors of another dtype are widened to float32 on the way in, and what comes of
     them is rounded on the way out. keys: the dispatch keys of torch that the kernels serve.
+    checks_spans: `_checks_spans` of `contract.Operations`.
     """
 
     attention: AttentionLaunchers
@@ -108,6 +109,7 @@ class Launchers:
     dtypes: tuple[torch.dtype, ...]
     stream: tuple[torch.dtype, ...]
     keys: tuple[str, ...]
+    checks_spans: bool = False
 
 
 _DROPOUT = "int threshold, Tensor? seed"
@@ -119,6 +121,7 @@ class FusedOperations(Operations):
 
     def __init__(self, name: str, launchers: Launchers) -> None:
         self._name, self._launch = name, launchers
+        self._checks_spans = launchers.checks_spans
         self._library = torch.library.Library(f"fasttx_{name}", "DEF")
         self._attention_operator, self._attention_qkv_operator = self._define_attention()
         self._embed_operator = self._define_embed()

@@ -17,6 +17,7 @@ from fasttx.load import TextClassifier
 from fasttx.models.classifier import TransformerClassifier
 from fasttx.text.packing import RaggedIds, pack
 from fasttx.text.tokenizer import UNK_ID
+from fasttx.training.inference import predict_logits
 
 # The attributions of a text sum to its margin minus the baseline's, to within this share of that
 # difference (or this many logits, if the difference is below 1).
@@ -133,14 +134,15 @@ def explain(classifier: TextClassifier, text: str) -> Explanation:
     # Indices are read in the same way as ids, to see which words are kept.
     places, _ = classifier.read(RaggedIds.from_lists([range(len(every_word))]))
     kept = places.values.tolist()
-    with torch.no_grad():
-        batch = pack(windows).to(classifier.device)
-        every_logits, weights = model(**batch.model_inputs(), return_attention=True)
+    every_logits = predict_logits(model, windows, classifier.device)
     logits = every_logits.double().mean(0)
     order = logits.argsort(descending=True, stable=True).tolist()
     target, rival = order[0], order[1]
     margins = (every_logits[:, target] - every_logits[:, rival]).tolist()
     shown = int(np.argmax(margins))
+    with torch.no_grad():
+        batch = pack(windows.select(np.array([shown]))).to(classifier.device)
+        _, weights = model(**batch.model_inputs(), return_attention=True)
     parts = [
         integrated_gradients(model, window, target, rival)
         for window in (windows[i] for i in range(len(windows)))
@@ -148,7 +150,7 @@ def explain(classifier: TextClassifier, text: str) -> Explanation:
     ] or [(np.zeros(0), 0.0, 0.0, 0)]
     attributions, margin, baseline_margin, points = zip(*parts, strict=True)
     n = int(windows.lengths[shown])
-    attention = [w[shown, :, :n, :n].float().cpu().numpy() for w in weights]
+    attention = [w[0, :, :n, :n].float().cpu().numpy() for w in weights]
     return Explanation(
         label=names[target],
         probability=float(logits.softmax(-1)[target]),

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from fasttx.reporting import page, plots
 from fasttx.reporting.attributions import Explanation
-from fasttx.reporting.escaping import escaped, printable
+from fasttx.reporting.escaping import escaped
 from fasttx.reporting.findings import percent
+from fasttx.terminal import one_line
 
 ATTRIBUTION_NOTE = (
     "Shades and numbers are integrated gradients (Sundararajan et al., 2017), in logits: what each "
@@ -53,22 +54,22 @@ def coloured(found: Explanation) -> str:
     def word(text: str, known: bool, value: float, share: float) -> str:
         level = int(abs(share) * (len(_FOR) + 0.999))
         if not level:
-            return printable(text)
+            return one_line(text)
         colour = (_FOR if value > 0 else _AGAINST)[level - 1]
-        return f"\x1b[30;48;5;{colour}m{printable(text)}\x1b[0m"
+        return f"\x1b[30;48;5;{colour}m{one_line(text)}\x1b[0m"
 
     return pieces(found, word, lambda cut: cut)
 
 
 def plain(found: Explanation) -> str:
     """One line for each word, the strongest first: `word +0.12`."""
-    return "\n".join(f"{printable(word)} {value:+.2f}" for word, value in found.ranked())
+    return "\n".join(f"{one_line(word)} {value:+.2f}" for word, value in found.ranked())
 
 
 def terminal(found: Explanation, colours: bool) -> str:
-    head = f"{printable(found.label)}  {percent(found.probability, 2)}"
+    head = f"{one_line(found.label)}  {percent(found.probability, 2)}"
     foot = (
-        f"margin over {printable(found.rival)} {found.margin:+.2f}: as many unknown words "
+        f"margin over {one_line(found.rival)} {found.margin:+.2f}: as many unknown words "
         f"{found.baseline_margin:+.2f}, these words {found.attributions.sum():+.2f} (logits)"
     )
     body = coloured(found) if colours else plain(found)

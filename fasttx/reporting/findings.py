@@ -88,9 +88,12 @@ def by_length(lengths: np.ndarray, correct: np.ndarray, bins: int = 8) -> Length
     )
 
 
-def confident_mistakes(predictions: Predictions, count: int) -> np.ndarray:
-    """Indices of at most `count` wrong answers, the most confident first."""
-    wrong = np.flatnonzero(~predictions.correct)
+def confident_mistakes(
+    predictions: Predictions, count: int, among: np.ndarray | None = None
+) -> np.ndarray:
+    """Indices of at most `count` wrong answers, the most confident first; of the texts `among` (n,)
+    bool, if given."""
+    wrong = np.flatnonzero(~predictions.correct if among is None else ~predictions.correct & among)
     return wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:count]
 
 
@@ -195,6 +198,8 @@ def mistakes_sentence(predictions: Predictions, shown: np.ndarray) -> str:
     wrong = int((~predictions.correct).sum())
     if not wrong:
         return "No mistake to show"
+    if not len(shown):
+        return f"{wrong:,} mistakes, all of them on texts too long to be explained"
     first, last = predictions.confidence[shown[0]], predictions.confidence[shown[-1]]
     if len(shown) == 1:
         return f"The most confident of {wrong:,} mistakes: {percent(first)} sure"

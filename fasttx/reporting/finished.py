@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fasttx import terminal
 from fasttx.errors import CheckpointError, DataError
 from fasttx.load import TextClassifier, load
 from fasttx.reporting.findings import percent
@@ -16,7 +19,8 @@ from fasttx.tasks import read_config
 from fasttx.text.splits import TextDataset
 from fasttx.text.token_cache import encode_cached
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunConfig, RunFolder, read_json
+from fasttx.training.checkpoint import RunConfig, read_json
+from fasttx.training.folder import RunFolder, verified
 from fasttx.training.metrics import Metrics
 from fasttx.training.predictions import Predictions
 
@@ -57,7 +61,9 @@ class FinishedRun:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-int(self.config.dataset["train_samples"]) // self.samples_per_step)
+        data = self.config.dataset
+        more = data.get("pseudo_labels", {}).get("texts", 0)
+        return -(-(int(data["train_samples"]) + more) // self.samples_per_step)
 
 
 def open_run(path: Path, device: str = "auto") -> FinishedRun:
@@ -71,6 +77,7 @@ def open_run(path: Path, device: str = "auto") -> FinishedRun:
             f"measured once, at the end. Go on with it: python train.py --resume {path}"
         )
     results, notes = read_json(folder.results), []
+    _check_results(folder.results, results, config)
     dataset: TextDataset | None = None
     try:
         dataset = runs.load_dataset(folder, config)
@@ -86,11 +93,14 @@ def open_run(path: Path, device: str = "auto") -> FinishedRun:
             f"{percent(results['test_accuracy'], 2)}: it was computed again, on another device or "
             "in another precision."
         )
+    rows = results["history"]
+    if folder.metrics.exists():
+        rows = _rows(folder.metrics)
+    else:
+        notes.append(f"{folder.metrics.name} is gone, so the curves have one point an epoch.")
     texts = dataset.test.texts if dataset else None
     lengths = encode_cached(model.tokenizer, texts).lengths if texts is not None else None
-    return FinishedRun(
-        folder, config, results, _rows(folder.metrics), model, predictions, texts, lengths, notes
-    )
+    return FinishedRun(folder, config, results, rows, model, predictions, texts, lengths, notes)
 
 
 def _predictions(
@@ -109,16 +119,95 @@ def _predictions(
         return found
     if dataset is None:
         return None
-    print(f"predicting the {len(dataset.test.texts):,} test texts once more ...", flush=True)
+    terminal.say(f"predicting the {len(dataset.test.texts):,} test texts once more ...", flush=True)
     found = Predictions(model.logits(dataset.test.texts).numpy(), dataset.test.labels)
-    found.save(folder.test_predictions)
+    found.save(folder)
     return found
+
+
+# --- what a hand, or another version, may have changed --------------------------------------------
+
+_NUMBER, _COUNT = (int, float), (int,)
+_RESULTS: dict[str, tuple[type, ...]] = {
+    "test_accuracy": _NUMBER, "val_accuracy": _NUMBER, "best_epoch": _COUNT, "seconds": _NUMBER,
+    "samples_per_second": _NUMBER, "peak_memory_mb": (int, float, type(None)),
+    "parameters": _COUNT, "attn_backend": (str,), "device": (str,), "precision": (str,),
+    "history": (list,), "test": (dict,), "versions": (dict,), "hardware": (dict,),
+}  # fmt: skip
+_EPOCH: dict[str, tuple[type, ...]] = {
+    "epoch": _COUNT, "train_loss": _NUMBER, "train_accuracy": _NUMBER, "val_loss": _NUMBER,
+    "val_accuracy": _NUMBER, "seconds": _NUMBER, "samples_per_second": _NUMBER,
+}  # fmt: skip
+_STEP: dict[str, tuple[type, ...]] = {
+    "epoch": _COUNT, "step": _COUNT, "loss": _NUMBER, "accuracy": _NUMBER,
+    "samples_per_second": _NUMBER,
+}  # fmt: skip
+_TEST = {f.name: f.type for f in dataclasses.fields(Metrics)}
+
+
+def _check_results(path: Path, results: dict[str, Any], config: RunConfig) -> None:
+    """Raise CheckpointError for results of a run that a report cannot be made from."""
+    _check(path, "", results, _RESULTS)
+    for row in results["history"]:
+        _check(path, " in history", row, _EPOCH)
+    if results["best_epoch"] not in [row["epoch"] for row in results["history"]]:
+        raise CheckpointError(
+            f"{path}: best_epoch is {results['best_epoch']}, which is none of its history"
+        )
+    test, classes = results["test"], len(config.label_names)
+    if unknown := test.keys() ^ _TEST.keys():
+        raise CheckpointError(
+            f"{path}: its test has other names than this version of fasttx writes: "
+            f"{', '.join(sorted(map(str, unknown))[:5])}. Use the version that wrote it"
+        )
+    for name, kind in _TEST.items():
+        shape = {"confusion_matrix": (classes, classes)}.get(name, (classes,))
+        try:
+            value = np.array(test[name], dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {name} of test is {str(test[name])[:60]!r}") from error
+        if value.shape != (shape if kind == "np.ndarray" else ()) or not np.isfinite(value).all():
+            raise CheckpointError(
+                f"{path}: {name} of test has the shape {value.shape}, or numbers that are not "
+                f"finite; expected those of {classes} labels"
+            )
+    counts = config.dataset.get("label_counts", {})
+    each = [split.get(name) for split in counts.values() for name in config.label_names]
+    wanted = {"train": 0, "validation": 0, "test": 0}
+    if counts.keys() != wanted.keys() or not all(isinstance(n, int) for n in each):
+        raise CheckpointError(
+            f"{path.parent}/config.json: its dataset has no label_counts of train, validation and "
+            "test for each label; expected those of this run"
+        )
+    _check(path.parent / "config.json", " in dataset", config.dataset, _DATASET)
+
+
+_DATASET: dict[str, tuple[type, ...]] = {
+    "name": (str,), "train_samples": _COUNT, "test_samples": _COUNT,
+}  # fmt: skip
+
+
+def _check(path: Path, where: str, values: Any, wanted: dict[str, tuple[type, ...]]) -> None:
+    """Raise CheckpointError for a missing value, or one of another type; a bool is no number."""
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}{where}: {str(values)[:60]!r}; expected names and values")
+    for name, types in wanted.items():
+        value = values.get(name)
+        wrong = not isinstance(value, types) or isinstance(value, bool)
+        if wrong or (isinstance(value, float) and not math.isfinite(value)):
+            expected = "a finite number" if float in types else types[0].__name__
+            raise CheckpointError(
+                f"{path}: {name}{where} is {str(value)[:60]!r}; expected {expected}. It was "
+                "changed, or written by another version of fasttx"
+            )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+        rows = [json.loads(line) for line in verified(path).splitlines()]
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as lines of JSON: {error}") from error
-    return [row for row in rows if row["kind"] in ("train", "epoch")]
+    for row in rows:
+        kind = row.get("kind") if isinstance(row, dict) else None
+        _check(path, " in a line", row, {"train": _STEP, "epoch": _EPOCH}.get(str(kind), {}))
+    return [row for row in rows if row.get("kind") in ("train", "epoch")]

@@ -17,11 +17,14 @@ from fasttx.reporting.findings import percent
 from fasttx.reporting.finished import FinishedRun
 from fasttx.text.duplicates import duplicates_text, overlap_warning
 from fasttx.text.labels import single_class_warning
+from fasttx.training.metrics import Metrics
 from fasttx.training.predictions import Predictions
 from fasttx.training.progress import clock
 from fasttx.training.results import time_to_accuracy
 
 MISTAKES = 8
+MOST_WINDOWS = 20  # of a mistake that is explained: more would take minutes each
+LONGEST_NAME = 60  # characters of a label
 
 
 @dataclass
@@ -75,7 +78,7 @@ def _tiles(run: FinishedRun) -> list[tuple[str, str, str]]:
     first = [
         ("test accuracy", percent(metrics.accuracy, 2), f"{metrics.n:,} texts"),
         ("validation accuracy", percent(r["val_accuracy"], 2), f"epoch {r['best_epoch']}, chosen"),
-        ("macro F1", percent(metrics.macro_f1, 2), f"{len(run.names)} labels"),
+        ("macro F1", percent(metrics.macro_f1, 2), _labels_text(metrics)),
         ("calibration error", percent(metrics.expected_calibration_error), "expected, 15 bins"),
         ("training", clock(r["seconds"]), f"{r['samples_per_second']:,.1f} samples/s"),
     ]
@@ -89,6 +92,12 @@ def _tiles(run: FinishedRun) -> list[tuple[str, str, str]]:
         *targets,
         ("parameters", f"{r['parameters']:,}", f"backend {r['attn_backend']}"),
     ]
+
+
+def _labels_text(metrics: Metrics) -> str:
+    absent = int((metrics.support == 0).sum())
+    more = f"; {absent:,} without a text count as 0" if absent else ""
+    return f"{len(metrics.support):,} labels{more}"
 
 
 def _curves(out: Pages, run: FinishedRun) -> None:
@@ -125,13 +134,16 @@ def _curves(out: Pages, run: FinishedRun) -> None:
 
 
 def _confusion(out: Pages, run: FinishedRun) -> None:
-    metrics, names = run.metrics, run.names
+    metrics, names = run.metrics, [plots.shortened(name, LONGEST_NAME) for name in run.names]
     heading = findings.confusion_sentence(metrics, names)
     drawn = out.draw("confusion-matrix", heading, plots.confusion, metrics, names)
+    more = ""
+    if len(names) > plots.MOST_LABELS:
+        more = f" Of {len(names):,} labels, the {plots.MOST_LABELS} with the most texts are shown."
     width = f"{min(62, 20 + 3 * len(names))}rem"
+    caption = "Shade and percentage: the share of all texts with the true label of the row." + more
     out.add("confusion", "Confusion matrix", heading, page.figure(
-        drawn, "Shade and percentage: the share of all texts with the true label of the row.",
-        "18rem" if len(names) <= plots.MOST_CELLS else "34rem", width))  # fmt: skip
+        drawn, caption, "18rem" if len(names) <= plots.MOST_CELLS else "34rem", width))  # fmt: skip
     rows = [
         [name, *map(percent, map(float, scores)), f"{support:,}"]
         for name, *scores, support in zip(
@@ -178,10 +190,14 @@ def _texts(
     """The mistakes with shaded words, and the attention maps of two texts."""
     if len(run.names) < 2:
         return
-    shown = findings.confident_mistakes(predictions, MISTAKES)
+    shown = findings.confident_mistakes(predictions, MISTAKES, _explainable(run, lengths))
     explained = {int(i): attributions.explain(run.model, texts[i]) for i in shown}
     articles = [
-        explain.article(found, f"true label {run.names[predictions.labels[i]]}, test text {i:,}")
+        explain.article(
+            found,
+            f"true label {plots.shortened(run.names[predictions.labels[i]], LONGEST_NAME)}, "
+            f"test text {i:,}",
+        )
         for i, found in explained.items()
     ]
     note = [page.paragraph(explain.ATTRIBUTION_NOTE)] if articles else []
@@ -207,6 +223,13 @@ def _texts(
         out.add(
             "attention", "Attention maps", heading, page.paragraph(explain.ATTENTION_NOTE), *maps
         )
+
+
+def _explainable(run: FinishedRun, lengths: np.ndarray) -> np.ndarray:
+    """(n,) bool: the texts that are not read in very many windows."""
+    train = run.config.train
+    most = MOST_WINDOWS * train.model.max_len
+    return (lengths <= most) | (train.long_texts != "windows")
 
 
 def _throughput(out: Pages, run: FinishedRun) -> None:
@@ -244,7 +267,7 @@ def _configuration(out: Pages, run: FinishedRun) -> None:
     ]
     head = ("group", "setting", "value")
     counts = run.config.dataset["label_counts"]
-    splits = [[split, *(f"{counts[split][name]:,}" for name in run.names)] for split in counts]
+    splits = [[name, *(f"{counts[split][name]:,}" for split in counts)] for name in run.names]
     repeated = duplicates_text(run.config.dataset)
     recipe = f"Recipe {run.config.recipe}" if run.config.recipe else "Configuration"
     heading = f"{recipe}, seed {t.seed}: {len(changed)} settings differ from the defaults"
@@ -253,7 +276,7 @@ def _configuration(out: Pages, run: FinishedRun) -> None:
         page.table(head, both[0], numbers=False),
         f"<details><summary>{len(kept)} settings at their defaults</summary>"
         f"{page.table(head, both[1], numbers=False)}</details>",
-        "<h3>Texts by split and label</h3>", page.table(("split", *run.names), splits),
+        "<h3>Texts by split and label</h3>", page.table(("label", *counts), splits),
         *([page.paragraph(f"{repeated[0].upper()}{repeated[1:]}.")] if repeated else []),
     )  # fmt: skip
 

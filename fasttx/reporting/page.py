@@ -5,8 +5,10 @@ This module escapes all text that it is given; `content`, `body` and pictures ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fasttx.errors import CheckpointError
 from fasttx.files import atomic_write, write_text_atomic
@@ -144,24 +146,40 @@ def figure(
     )
 
 
-def check_folder(out: Path) -> None:
-    if not out.parent.is_dir():
-        raise CheckpointError(
-            f"cannot write {out}: the folder {out.parent} does not exist; create it first"
-        )
+def check_place(out: Path, pictures: bool = False) -> None:
+    """Raise CheckpointError where a page, and its pictures, could not be written to `out`: before
+    minutes of work."""
+
+    def refuse(why: str) -> NoReturn:
+        raise CheckpointError(f"cannot write {out}: {why}")
+
+    folder = out.parent
+    if not folder.is_dir():
+        there = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
+        if there.is_dir():
+            refuse(f"the folder {folder} does not exist; create it first")
+        refuse(f"{there} is no folder; expected one. Choose another name")
+    if out.is_dir():
+        refuse("it is a folder; expected the name of a file in it, such as report.html")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        refuse(f"the folder {folder} may not be written; change its permissions, or choose another")
+    beside = _picture_folder(out)
+    if pictures and (beside.exists() or beside.is_symlink()) and not beside.is_dir():
+        refuse(f"its pictures go to the folder {beside}, which is a file. Choose another name")
+
+
+def _picture_folder(out: Path) -> Path:
+    return out.with_suffix("") if out.suffix else out.with_name(f"{out.name}-pictures")
 
 
 def write(out: Path, html: str, pictures: Mapping[str, Picture]) -> Path | None:
     """Write the page to `out`, and its pictures to a folder of that name, which is returned."""
-    try:
-        write_text_atomic(out, html)
-        if not pictures:
-            return None
-        folder = out.with_suffix("")
-        folder.mkdir(exist_ok=True)
-        for name, drawn in pictures.items():
-            with atomic_write(folder / f"{name}.png") as f:
-                f.write(drawn.png)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from error
+    write_text_atomic(out, html)
+    if not pictures:
+        return None
+    folder = _picture_folder(out)
+    folder.mkdir(exist_ok=True)
+    for name, drawn in pictures.items():
+        with atomic_write(folder / f"{name}.png") as f:
+            f.write(drawn.png)
     return folder

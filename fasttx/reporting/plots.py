@@ -37,6 +37,7 @@ STYLE: Any = {
 }  # fmt: skip
 
 MOST_WORDS = 20  # in an attention map; more could not be read
+MOST_LABELS = 200  # in a confusion matrix; more would be less than a pixel each
 MOST_CELLS = 12  # a confusion matrix of more labels shows no counts
 
 
@@ -48,18 +49,24 @@ class Picture:
     png: bytes
 
 
-def picture(name: str, alt: str, draw: Callable[..., Figure], *data: Any) -> Picture:
-    """`draw(*data)` in the common style. `name` keeps the ids of a page's pictures distinct.
-
-    Raises PlotsError where matplotlib is missing.
-    """
+def require_matplotlib() -> Any:
+    """The package. Raises PlotsError where it is missing."""
     try:
-        import matplotlib as mpl
+        import matplotlib
     except ImportError as error:
         raise PlotsError(
             "pictures need the package matplotlib, which is not installed: "
             "pip install 'fasttx[report]'"
         ) from error
+    return matplotlib
+
+
+def picture(name: str, alt: str, draw: Callable[..., Figure], *data: Any) -> Picture:
+    """`draw(*data)` in the common style. `name` keeps the ids of a page's pictures distinct.
+
+    Raises PlotsError where matplotlib is missing.
+    """
+    mpl = require_matplotlib()
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # A page uses the reader's fonts. Only the PNG shows a box for a missing glyph.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
@@ -155,15 +162,18 @@ def throughput(seconds: np.ndarray, rates: np.ndarray, mean: float) -> Figure:
 
 
 def confusion(metrics: Metrics, names: Sequence[str]) -> Figure:
-    """Rows: true label, columns: predicted; shade and percentage are shares of the row."""
-    classes = len(names)
+    """Rows: true label, columns: predicted; shade and percentage are shares of the row. Of many
+    labels those with the most texts are shown."""
+    shown = np.sort(np.argsort(-metrics.support, kind="stable")[:MOST_LABELS])
+    names, classes = [names[i] for i in shown], len(shown)
+    matrix, support = metrics.confusion_matrix[np.ix_(shown, shown)], metrics.support[shown]
     side = min(9.0, max(3.6, 1.4 + 0.75 * classes))
     figure = _figure(side + 0.8, side)
     axes = figure.subplots()
-    share = metrics.confusion_matrix / np.maximum(metrics.support, 1)[:, None]
+    share = matrix / np.maximum(support, 1)[:, None]
     axes.imshow(_shades(share), interpolation="none")
     if classes <= MOST_CELLS:
-        for (i, j), count in np.ndenumerate(metrics.confusion_matrix):
+        for (i, j), count in np.ndenumerate(matrix):
             axes.text(j, i, f"{count:,}\n{100 * share[i, j]:.1f} %", ha="center", va="center",
                       color="white" if share[i, j] > 0.5 else INK, fontsize=8)  # fmt: skip
     short = [shortened(name, 18) for name in names]

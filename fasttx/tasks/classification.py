@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from fasttx.text.packing import PackedBatch, RaggedIds, pack
 from fasttx.text.reading import drop_words, read
 from fasttx.text.token_cache import encode_cached
 from fasttx.text.tokenizer import Tokenizer
-from fasttx.training.checkpoint import Progress, RunFolder
-from fasttx.training.inference import predict_shared
+from fasttx.training.checkpoint import Progress
+from fasttx.training.folder import RunFolder
+from fasttx.training.inference import predict_logits, predict_shared
 from fasttx.training.metrics import classification_metrics, format_metrics
 from fasttx.training.predictions import Predictions, PseudoLabels
 from fasttx.training.progress import clock, epoch_table
@@ -53,6 +55,7 @@ class Classification(EncoderTask):
             described,
             dataset.notes,
             functools.partial(_examples, dataset, more),
+            dataset.validation.texts,
         )
 
     def model(self, config: ModelConfig) -> nn.Module:
@@ -104,23 +107,56 @@ class Classification(EncoderTask):
             **measured(run, model, progress),
             "attn_backend": run.config.attn_backend,
             "recipe": run.config.recipe,
+            "example": example(run, model),
             **registry.descriptions(run.config.attn_backend),
         }
 
     def closing(self, run: Run, results: dict[str, Any]) -> str:
-        folder, dataset = run.folder, results["dataset"]
+        folder, dataset, text = run.folder, results["dataset"], results["example"]
+        path = shlex.quote(str(folder.path))
+        ask = f"fasttx predict {path} {shlex.quote(text)}" if text else f"fasttx evaluate {path}"
         return (
             f"\n{dataset['name']}: test accuracy {results['test_accuracy']:.2%} on "
             f"{dataset['test_samples']:,} reviews (epoch {results['best_epoch']}, chosen by "
             f"validation accuracy {results['val_accuracy']:.2%})\n"
             f"trained at {results['samples_per_second']:.1f} samples/s, "
             f"{clock(results['seconds'])}; peak memory {results['peak_memory_mb']:.0f} MB\n"
-            f'{folder.results}; try: fasttx predict {folder.path} "I expected nothing and loved '
-            'it."' + (f"\n\n{results['warning']}" if results["warning"] else "")
+            f"{folder.results}; try: {ask}"
+            + (f"\n\n{results['warning']}" if results["warning"] else "")
         )
 
 
 TASK = Classification()
+
+
+# --- an example -----------------------------------------------------------------------------------
+
+_LONGEST_EXAMPLE = 200  # characters, which a command line shows in two lines
+_TRIED = 50
+
+
+def example(run: Run, model: nn.Module) -> str | None:
+    """A short text of the validation split that `model` gets right, of several the surest; None if
+    there is none. What it says of it is what `fasttx predict` says, which reads in fp32 too."""
+    validation = run.splits.validation
+    ids, labels, owner = validation.ids, validation.labels, validation.owner
+    short = [
+        i
+        for i, text in enumerate(run.validation)
+        if len(text) <= _LONGEST_EXAMPLE and text.isprintable() and text[:1].isalnum()
+    ]
+    tried = np.array(sorted(short, key=lambda i: len(run.validation[i]))[:_TRIED], dtype=np.int64)
+    if owner is not None:
+        tried = tried[[int((owner == i).sum()) == 1 for i in tried]]
+    if not len(tried):
+        return None
+    rows = tried if owner is None else np.searchsorted(owner, tried)
+    logits = predict_logits(model, ids.select(rows), run.device)
+    right = (logits.argmax(-1).numpy() == labels[tried]).nonzero()[0]
+    if not len(right):
+        return None
+    surest = logits.double().softmax(-1).amax(-1).numpy()[right].argmax()
+    return run.validation[tried[right[surest]]]
 
 
 # --- examples -------------------------------------------------------------------------------------
@@ -206,7 +242,7 @@ def measured(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
     predictions = Predictions(predict_shared(run, model, test), test.labels)
     log.info("%s", format_metrics(predictions.metrics, run.config.label_names))
     if run.processes.main:
-        predictions.save(run.folder.test_predictions)
+        predictions.save(run.folder)
     found = predictions.metrics.to_dict()
     return {
         "test_accuracy": found["accuracy"],

@@ -13,7 +13,8 @@ from fasttx.errors import CheckpointError, ConfigError
 from fasttx.ops import registry
 from fasttx.tasks import read_config
 from fasttx.text.tokenizer import Tokenizer
-from fasttx.training.checkpoint import RunFolder
+from fasttx.training.checkpoint import load_tokenizer
+from fasttx.training.folder import RunFolder
 from fasttx.training.task import Run, Task
 
 
@@ -36,7 +37,7 @@ class EncoderTask(Task, ABC):
                 f"{source.best_model} does not exist: that run has not finished an epoch. Go on "
                 "with it first, or start from another run"
             )
-        return Tokenizer.load(source.tokenizer)
+        return load_tokenizer(source, theirs.vocab_size)
 
     def backend(self, config: TrainConfig, device: torch.device) -> str:
         m = config.model

@@ -202,12 +202,15 @@ def _codes(labels: list[Label], train: Rows, name: str) -> tuple[dict[Label, int
 # --- for people -----------------------------------------------------------------------------------
 
 
+_MOST_SHOWN = 20  # labels, in one line
+
+
 def label_table(counts: Counts) -> str:
     """Texts by split and label, to be read before any accuracy."""
     return "\n".join(
         f"{split:>10}: {sum(labels.values()):6d} reviews  ("
-        + ", ".join(f"{n} {label}" for label, n in labels.items())
-        + ")"
+        + ", ".join(f"{n} {label}" for label, n in list(labels.items())[:_MOST_SHOWN])
+        + (f" and {len(labels) - _MOST_SHOWN:,} labels more)" if len(labels) > _MOST_SHOWN else ")")
         for split, labels in counts.items()
     )
 

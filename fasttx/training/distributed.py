@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fasttx.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -42,6 +44,13 @@ class Processes:
             dist.all_reduce(total, group=self.control)
         return total
 
+    def least(self, value: int) -> int:
+        """The least value of any process."""
+        least = torch.tensor(value)
+        if self.world > 1:
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.control)
+        return int(least)
+
     def any(self, flag: bool) -> bool:
         """True everywhere if it is true anywhere."""
         return bool(self.sum(torch.tensor(int(flag))) > 0) if self.world > 1 else flag
@@ -59,13 +68,49 @@ class Processes:
             dist.barrier(group=self.control)
 
 
+# What torchrun sets beside WORLD_SIZE.
+_COMPANIONS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def start() -> Processes:
-    """Join the processes torchrun started (its environment variables tell), or be alone."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    """Join the processes torchrun started (its environment variables tell), or be alone.
+
+    Raises ConfigError for variables that torchrun does not write, and where the others cannot be
+    reached.
+    """
+    if "WORLD_SIZE" not in os.environ:
         return Processes()
-    dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-    control = dist.new_group(backend="gloo")
-    return Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), control)
+    world = _count("WORLD_SIZE", 1, 2**31 - 1)
+    if world == 1:
+        return Processes()
+    if missing := [name for name in _COMPANIONS if not os.environ.get(name)]:
+        raise ConfigError(
+            f"WORLD_SIZE is {world}, and {', '.join(missing)} not set; expected all that torchrun "
+            f"sets. Start with torchrun --nproc-per-node {world}, or unset WORLD_SIZE"
+        )
+    _count("RANK", 0, world - 1)
+    local_rank = _count("LOCAL_RANK", 0, world - 1)
+    _count("MASTER_PORT", 0, 65535)
+    try:
+        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
+        control = dist.new_group(backend="gloo")
+    except (RuntimeError, ValueError) as error:  # torch's DistError and its kin among them
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"the {world} processes that WORLD_SIZE promises do not meet at {where} (MASTER_ADDR, "
+            f"MASTER_PORT): {str(error).strip().splitlines()[0]}. Start them with torchrun"
+        ) from error
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, control)
+
+
+def _count(name: str, low: int, high: int) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) <= high):
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}; expected a number from {low} to {high}, "
+            "as torchrun sets it. Start with torchrun, or unset WORLD_SIZE"
+        )
+    return int(text)
 
 
 def stop(processes: Processes) -> None:

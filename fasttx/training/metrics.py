@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fasttx.errors import NotFiniteError
+from fasttx.terminal import one_line
+
 CALIBRATION_BINS = 15
+MOST_SHOWN = 40  # labels, in a table for people
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +106,7 @@ def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     logits = logits.astype(np.float64)
     bad = int((~np.isfinite(logits)).any(1).sum())
     if bad:
-        raise ValueError(
+        raise NotFiniteError(
             f"the logits of {bad} of {n} texts are NaN or infinite; expected finite numbers. "
             "A model that diverged gives such: try a lower learning rate"
         )
@@ -133,28 +137,46 @@ def format_metrics(metrics: Metrics, label_names: Sequence[str]) -> str:
     classes = len(metrics.support)
     if len(label_names) != classes:
         raise ValueError(f"label_names has {len(label_names)} names; expected {classes}")
+    names = [one_line(name) for name in label_names]
     confusion = [
         [name, *map(str, row)]
-        for name, row in zip(label_names, metrics.confusion_matrix.tolist(), strict=True)
+        for name, row in zip(names, metrics.confusion_matrix[:MOST_SHOWN].tolist(), strict=False)
     ]
-    scores = zip(
-        label_names, metrics.precision, metrics.recall, metrics.f1, metrics.support, strict=True
-    )
+    scores = zip(names, metrics.precision, metrics.recall, metrics.f1, metrics.support, strict=True)
     per_class = [[name, *(f"{s:.2%}" for s in (p, r, f)), str(n)] for name, p, r, f, n in scores]
     how = f"(ECE, {CALIBRATION_BINS} bins)"
-    return "\n".join(
-        [
-            f"texts              {metrics.n}",
-            f"accuracy           {metrics.accuracy:.2%}",
-            f"loss               {metrics.loss:.4f}",
-            f"macro F1           {metrics.macro_f1:.2%}",
-            f"calibration error  {metrics.expected_calibration_error:.2%} {how}",
-            "",
-            "confusion matrix (rows: true label, columns: predicted label)",
-            *_table([["", *label_names], *confusion]),
-            "",
-            *_table([["label", "precision", "recall", "F1", "texts"], *per_class]),
-        ]
+    head = [
+        f"texts              {metrics.n}",
+        f"accuracy           {metrics.accuracy:.2%}",
+        f"loss               {metrics.loss:.4f}",
+        f"macro F1           {metrics.macro_f1:.2%}{absent_labels(metrics)}",
+        f"calibration error  {metrics.expected_calibration_error:.2%} {how}",
+    ]
+    matrix = [
+        "confusion matrix (rows: true label, columns: predicted label)",
+        *_table([["", *names], *confusion]),
+    ]
+    if classes > MOST_SHOWN:
+        matrix = [f"The confusion matrix of {classes:,} labels is not shown here; the JSON has it."]
+        most = np.sort(np.argsort(-metrics.support, kind="stable")[:MOST_SHOWN])
+        per_class = [per_class[i] for i in most]
+    table = _table([["label", "precision", "recall", "F1", "texts"], *per_class])
+    left = classes - len(per_class)
+    more = [f"and {left:,} labels with fewer texts"] if left else []
+    return "\n".join([*head, "", *matrix, "", *table, *more])
+
+
+def absent_labels(metrics: Metrics) -> str:
+    """Why the macro F1 is low where labels are absent, and what it is without them; else ""."""
+    there = metrics.support > 0
+    if there.all():
+        return ""
+    absent, classes = int((~there).sum()), len(there)
+    mean = float(metrics.f1[there].mean())
+    which = "1 label has" if absent == 1 else f"{absent:,} labels have"
+    return (
+        f"  ({which} no text here and {'counts' if absent == 1 else 'count'} as 0; "
+        f"over the other {classes - absent:,} it is {mean:.2%})"
     )
 
 

@@ -36,3 +36,29 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         return torch.optim.SGD(groups, config.lr, weight_decay=decay, fused=fused)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, config.lr, betas=(0.9, config.beta2), weight_decay=decay, fused=fused)
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raise ValueError for a saved state that is not of this optimiser's parameters: torch loads
+    any, and its fused steps then read past the end of what they find."""
+    groups, own = state["param_groups"], optimizer.state_dict()["param_groups"]
+    if [g["params"] for g in groups] != [g["params"] for g in own]:
+        raise ValueError("its optimiser has other groups of weights")
+    if any(g.keys() != o.keys() for g, o in zip(groups, own, strict=True)):
+        raise ValueError("its optimiser has other settings")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, kept in state["state"].items():
+        if not isinstance(number, int) or not 0 <= number < len(parameters):
+            raise ValueError(f"its optimiser has a weight {number!r}; expected {len(parameters)}")
+        shape = parameters[number].shape
+        for name, value in kept.items():
+            if name == "step":
+                fits = not torch.is_tensor(value) or value.numel() == 1
+            else:
+                fits = torch.is_tensor(value) and value.shape == shape
+                fits = fits and value.is_floating_point()
+            if not fits:
+                found = tuple(value.shape) if torch.is_tensor(value) else repr(value)
+                raise ValueError(
+                    f"its optimiser's {name} of weight {number} is {found}; expected {tuple(shape)}"
+                )

@@ -7,6 +7,7 @@ Shapes: n texts, C classes.
 from __future__ import annotations
 
 import hashlib
+import io
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fasttx.errors import CheckpointError
-from fasttx.files import atomic_write
+from fasttx.training.folder import RunFolder, verified
 from fasttx.training.metrics import Metrics, classification_metrics, log_softmax
 
 
@@ -52,14 +53,17 @@ class Predictions:
         right: np.ndarray = self.predicted == self.labels
         return right
 
-    def save(self, path: Path) -> None:
-        _save(path, logits=self.logits.astype(np.float32), labels=self.labels.astype(np.int64))
+    def save(self, folder: RunFolder) -> None:
+        with folder.writing(folder.test_predictions) as f:
+            np.savez_compressed(
+                f, logits=self.logits.astype(np.float32), labels=self.labels.astype(np.int64)
+            )
 
     @classmethod
     def load(cls, path: Path, classes: int) -> Predictions:
         """Raises CheckpointError for a file that is damaged, or no predictions of `classes`."""
         with _reading(path, "predictions", "Delete it: `fasttx report` makes it again"):
-            with np.load(path, allow_pickle=False) as found:
+            with np.load(io.BytesIO(verified(path)), allow_pickle=False) as found:
                 logits, labels = found["logits"], found["labels"]
             if logits.ndim == 2 and logits.shape[1] != classes:
                 raise ValueError(f"its logits have {logits.shape[1]} classes, expected {classes}")
@@ -84,14 +88,15 @@ class PseudoLabels:
         rows = np.ascontiguousarray(self.probabilities, dtype="<f4").tobytes()
         return hashlib.sha256(self.texts.encode() + rows).hexdigest()
 
-    def save(self, path: Path) -> None:
-        _save(
-            path,
-            probabilities=self.probabilities.astype(np.float32),
-            label_names=np.array(self.label_names),
-            texts=np.array(self.texts),
-            splits=np.array(self.splits),
-        )
+    def save(self, folder: RunFolder) -> None:
+        with folder.writing(folder.pseudo_labels) as f:
+            np.savez_compressed(
+                f,
+                probabilities=self.probabilities.astype(np.float32),
+                label_names=np.array(self.label_names),
+                texts=np.array(self.texts),
+                splits=np.array(self.splits),
+            )
 
     @classmethod
     def load(cls, path: Path) -> PseudoLabels:
@@ -102,7 +107,7 @@ class PseudoLabels:
                 f"{path.parent}"
             )
         with _reading(path, "pseudo-labels", "Make it again: fasttx ensemble --pseudo-labels"):
-            with np.load(path, allow_pickle=False) as found:
+            with np.load(io.BytesIO(verified(path)), allow_pickle=False) as found:
                 rows = found["probabilities"]
                 names = tuple(str(name) for name in found["label_names"].tolist())
                 texts, splits = str(found["texts"]), str(found["splits"])
@@ -111,12 +116,6 @@ class PseudoLabels:
             if not (rows >= 0).all() or not np.allclose(rows.sum(1), 1, atol=1e-4):
                 raise ValueError("its rows are not probabilities")
         return cls(rows, names, texts, splits)
-
-
-def _save(path: Path, **arrays: np.ndarray) -> None:
-    """Written whole or not at all; `numpy.load` reads it."""
-    with atomic_write(path) as f:
-        np.savez_compressed(f, **arrays)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -6,10 +6,11 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fasttx import terminal
 from fasttx.training.checkpoint import Progress
 
 log = logging.getLogger("fasttx")
@@ -21,9 +22,9 @@ def log_file(path: Path, wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    with _handled_by(handler):
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_Visible("%(asctime)s %(message)s"))
+    with _handled_by(handler, str(path)):
         yield
 
 
@@ -33,18 +34,44 @@ def console(level: int = logging.INFO) -> Iterator[None]:
     log.setLevel(logging.INFO)
     handler = logging.StreamHandler(sys.stdout)
     handler.setLevel(level)
-    with _handled_by(handler):
+    handler.setFormatter(_Visible("%(message)s"))
+    with _handled_by(handler, terminal.STANDARD_OUTPUT):
         yield
 
 
+class _Visible(logging.Formatter):
+    """Labels and file names cannot steer the terminal that shows a line, or the file later on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal.visible(super().format(record))
+
+
 @contextmanager
-def _handled_by(handler: logging.Handler) -> Iterator[None]:
+def _handled_by(handler: logging.Handler, where: str) -> Iterator[None]:
+    """Log lines go to `handler`. A training does not end because a line of it cannot be written
+    (a full disk, a closed terminal): the OSError is raised at the end, and names `where`."""
+    failures: list[OSError] = []
+    usual = handler.handleError
+
+    def handle_error(record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            handler.setLevel(logging.CRITICAL + 1)  # nothing more goes there
+            error.filename = where
+            failures.append(error)
+        elif not (isinstance(error, RuntimeError) and "reentrant" in str(error)):
+            usual(record)  # a line from a signal handler, in the midst of another line, is dropped
+
+    handler.handleError = handle_error  # type: ignore[method-assign]
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # what it still holds cannot be written either
+            handler.close()
+    if failures:
+        raise failures[0]
 
 
 def clock(seconds: float) -> str:
@@ -96,7 +123,10 @@ class ProgressDisplay:
         self.done += samples
         now = time.perf_counter()
         if self.bar is not None:
-            self.bar.update(samples)
+            try:
+                self.bar.update(samples)
+            except OSError:  # the terminal is gone; the training goes on
+                self.bar, self.terminal = None, False
         elif now - self.last >= self.seconds:
             self.last = now
             rate = max(self.done - self.start, 1) / (now - self.since)
@@ -114,7 +144,8 @@ class ProgressDisplay:
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()
             self.bar = None
 
 

@@ -16,16 +16,21 @@ from torch import nn
 
 from fasttx import device as devices
 from fasttx.config import TrainConfig
-from fasttx.errors import CheckpointError
-from fasttx.files import write_json_atomic
+from fasttx.errors import CheckpointError, Interrupted
 from fasttx.text import splits as data
-from fasttx.text.tokenizer import Tokenizer
 from fasttx.training import distributed
-from fasttx.training.checkpoint import RunConfig, RunFolder, load_encoder
+from fasttx.training.checkpoint import (
+    RunConfig,
+    load_encoder,
+    load_state,
+    load_tokenizer,
+    read_json,
+)
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import Manifest, RunFolder, digest_of
 from fasttx.training.progress import ProgressDisplay, console, log_file
 from fasttx.training.task import Run, Task
-from fasttx.training.trainer import Interrupted, Trainer
+from fasttx.training.trainer import Trainer
 
 log = logging.getLogger("fasttx")
 
@@ -58,38 +63,76 @@ def create(
     Its tokenizer is made, and what was `auto` is settled. Raises FasttxError.
     """
     paths = {k: v for k in ("init_from", "pseudo_labels") if (v := getattr(config, k)) is not None}
-    paths = {name: os.path.abspath(path) for name, path in paths.items()}
+    paths = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items()}
     config = replace(config, dataset=source.name, **paths)
+    folder = new_folder(out, recipe, processes, task.command)
+    try:
+        return _begin(task, config, source, recipe, folder, processes)
+    except BaseException:
+        if processes.main:
+            folder.discard()
+        raise
+
+
+def _begin(
+    task: Task,
+    config: TrainConfig,
+    source: data.Source,
+    recipe: str,
+    folder: RunFolder,
+    processes: Processes,
+) -> Run:
+    device = _open_device(config.device, config.precision, processes)
     loaded = task.load(config)
     for note in (*source.notes, *loaded.notes):
         log.info("%s", note)
-    folder = new_folder(out, recipe, processes)
-    device = _open_device(config.device, config.precision, processes)
     if loaded.label_names:
         config = replace(config, model=replace(config.model, num_classes=len(loaded.label_names)))
     backend = task.backend(config, device)
     tokenizer = task.tokenizer(config, loaded.texts)
     saved = RunConfig(
-        config, backend, device.type, loaded.label_names, loaded.described, recipe, task.name
-    )
-    processes.barrier()  # everybody has seen that the folder is new
+        config, backend, device.type, loaded.label_names, loaded.described, recipe, task.name,
+        _encoder_digest(config),
+    )  # fmt: skip
+    splits = loaded.examples(config, tokenizer)
     if processes.main:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder.tokenizer)
-        saved.save(folder.config)
-    return Run(task, saved, folder, device, processes, loaded.examples(config, tokenizer))
+        folder.write_json(folder.tokenizer, tokenizer.to_dict())
+        folder.write_json(folder.config, saved.to_dict())  # last: from now on it is a run
+    processes.barrier()
+    return Run(task, saved, folder, device, processes, splits, loaded.validation)
+
+
+def _encoder_digest(config: TrainConfig) -> str | None:
+    """Of the weights to start from, once they were read: a damaged file should end no run later."""
+    if config.init_from is None:
+        return None
+    weights = RunFolder(Path(config.init_from)).best_model
+    load_state(weights)
+    return digest_of(weights)
 
 
 def resume(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes) -> Run | None:
     """A run to go on with, on the same data, device and backend; None if it is finished.
 
-    Raises CheckpointError if it cannot go on.
+    Raises CheckpointError if it cannot go on, InUseError if another process goes on with it.
     """
     if folder.results.exists():
+        read_json(folder.results)
         log.info("%s is finished: its results are in %s", folder.path, folder.results)
         return None
+    if processes.main:
+        folder.open()
+    try:
+        return _go_on(task, folder, saved, processes)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _go_on(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes) -> Run:
     config = saved.train
     device = _open_device(saved.device, config.precision, processes)
+    task.backend(config, device)
     loaded = task.load(config)
     _check_same_data(folder, saved, loaded.described["fingerprint"])
     if loaded.described.get("pseudo_labels") != saved.dataset.get("pseudo_labels"):
@@ -97,20 +140,26 @@ def resume(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes
             f"{folder.config} was made with other pseudo-labels than {config.pseudo_labels} "
             "now holds. Bring them back, or start a new run"
         )
-    splits = loaded.examples(config, Tokenizer.load(folder.tokenizer))
-    return Run(task, saved, folder, device, processes, splits)
+    splits = loaded.examples(config, load_tokenizer(folder, config.model.vocab_size))
+    if processes.main and not Manifest(folder.path).exists():  # a run of the first format
+        folder.seal()
+    return Run(task, saved, folder, device, processes, splits, loaded.validation)
 
 
-def new_folder(out: Path | None, recipe: str, processes: Processes) -> RunFolder:
-    """`out`, or runs/<recipe>-<time>; not made yet. Refuses a folder that holds anything."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = processes.from_main(out or Path("runs") / f"{recipe}-{stamp}")
-    if path.exists() and (not path.is_dir() or (processes.main and any(path.iterdir()))):
-        raise CheckpointError(
-            f"{path} exists already; expected a new or empty folder. Go on with that run by "
-            f"--resume {path}, or choose another --out"
-        )
-    return RunFolder(path)
+def new_folder(out: Path | None, recipe: str, processes: Processes, resume: str) -> RunFolder:
+    """`out`, or runs/<recipe>-<time>, made for this process alone. Refuses what holds anything.
+
+    resume: the command that goes on with such a run.
+    """
+    if not processes.main:
+        return RunFolder(processes.from_main(None))
+    if out is None:
+        folder = RunFolder.unique(Path("runs"), f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    else:
+        folder = RunFolder(out)
+    folder.create(resume)
+    processes.from_main(folder.path)
+    return folder
 
 
 def load_dataset(folder: RunFolder, saved: RunConfig) -> data.TextDataset:
@@ -147,21 +196,31 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises Interrupted (the run is saved and can be resumed) and DivergedError.
     """
-    with log_file(run.folder.log, run.processes.main):
-        model = _start(run)
-        trainer = Trainer(run, model)
-        try:
-            _fit(trainer, quiet=quiet or not run.processes.main)
-        except Interrupted:
-            how = f"{run.task.command} --resume {run.folder.path}"
-            log.info("stopped and saved; go on with: %s", how)
-            raise
-        # The epoch was chosen on the validation split; the test split is touched here, once.
-        trainer.restore_best()
-        results = run.task.results(run, model, trainer.progress)
-        if run.processes.main:
-            write_json_atomic(run.folder.results, results)
-            log.info("%s", run.task.closing(run, results))
+    folder, main = run.folder, run.processes.main
+    try:
+        with log_file(folder.log, main):
+            return _train(run, quiet=quiet or not main)
+    finally:
+        folder.close()
+
+
+def _train(run: Run, *, quiet: bool) -> dict[str, Any]:
+    folder = run.folder
+    model = _start(run)
+    trainer = Trainer(run, model)
+    try:
+        _fit(trainer, quiet=quiet)
+    except Interrupted:
+        how = f"{run.task.command} --resume {folder.path}"
+        log.info("stopped and saved; go on with: %s", how)
+        raise
+    # The epoch was chosen on the validation split; the test split is touched here, once.
+    trainer.restore_best()
+    results = run.task.results(run, model, trainer.progress)
+    if run.processes.main:
+        folder.seal()
+        folder.write_json(folder.results, results)
+        log.info("%s", run.task.closing(run, results))
     return results
 
 
@@ -175,7 +234,8 @@ def _start(run: Run) -> nn.Module:
         log.info("%s", paragraph)
     if config.init_from and not run.folder.last.exists():
         log.info("encoder    starts from %s", config.init_from)
-        load_encoder(model, RunFolder(Path(config.init_from)).best_model)
+        weights = RunFolder(Path(config.init_from)).best_model
+        load_encoder(model, weights, run.config.init_from_sha256)
     return model
 
 

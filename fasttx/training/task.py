@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fasttx.config import ModelConfig, TrainConfig
 from fasttx.text.packing import PackedBatch, RaggedIds
 from fasttx.text.tokenizer import Tokenizer
-from fasttx.training.checkpoint import Progress, RunConfig, RunFolder
+from fasttx.training.checkpoint import Progress, RunConfig
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class TaskData:
     """The texts of a run, read and split.
 
     texts: what the tokenizer is made from; label_names: one for each output of the model;
-    described: what config.json keeps of the data, with its `fingerprint`; notes: lines to show.
+    described: what config.json keeps of the data, with its `fingerprint`; notes: lines to show;
+    validation: the texts of that split, for what is shown at the end.
     """
 
     texts: Sequence[str]
@@ -56,11 +58,12 @@ class TaskData:
     described: dict[str, Any]
     notes: Sequence[str]
     examples: Callable[[TrainConfig, Tokenizer], Splits]
+    validation: Sequence[str] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """An open run, about to be trained."""
+    """An open run, about to be trained. validation: the texts of that split."""
 
     task: Task
     config: RunConfig
@@ -68,6 +71,7 @@ class Run:
     device: torch.device
     processes: Processes
     splits: Splits
+    validation: Sequence[str] = ()
 
 
 class Task(ABC):

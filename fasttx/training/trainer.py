@@ -6,6 +6,8 @@ weights, optimiser and counters only, and a resumed CPU run ends bit-identical t
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -20,20 +22,24 @@ import torch
 from torch import nn
 
 from fasttx import device as devices
-from fasttx.errors import CheckpointError, DivergedError
+from fasttx.errors import CheckpointError, DivergedError, Interrupted, NotFiniteError
 from fasttx.ops.dropout import forward_seed
-from fasttx.text.packing import shuffled_batches
-from fasttx.training.checkpoint import Progress, load_state, load_weights, save_state
-from fasttx.training.optimizer import learning_rate, make_optimizer
+from fasttx.text.packing import PackedBatch, shuffled_batches
+from fasttx.training.checkpoint import (
+    Progress,
+    fit_weights,
+    load_state,
+    load_weights,
+    not_finite,
+    save_state,
+)
+from fasttx.training.optimizer import check_optimizer_state, learning_rate, make_optimizer
 from fasttx.training.task import Run
 
 log = logging.getLogger("fasttx")
 
+_NEVER = 2**62  # a micro-step that no run reaches
 BATCH_STREAM = 1  # keeps the draws of a batch apart from the shuffle's, which have the same seed
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the run has been saved and can be resumed."""
 
 
 class Trainer:
@@ -51,7 +57,10 @@ class Trainer:
         self._upload = devices.Uploads(self.device)
         # MPS has no float64.
         sums = torch.float32 if self.device.type == "mps" else torch.float64
-        self._totals = torch.zeros(3, dtype=sums, device=self.device)
+        self._totals = torch.zeros(4, dtype=sums, device=self.device)
+        # The first micro-step of this process whose loss was not finite, kept on the device.
+        self._bad_step = torch.full((), _NEVER, dtype=torch.int64, device=self.device)
+        self._metrics_digest = hashlib.sha256()
         self._stop = False
         self._saved_at = time.perf_counter()
 
@@ -63,12 +72,21 @@ class Trainer:
             return False
         state = load_state(self.folder.last)
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            model, optimizer, progress = state["model"], state["optimizer"], state["progress"]
+            check_optimizer_state(self.optimizer, optimizer)
+            fit_weights(self.model, model, self.folder.last)
+            self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(state["scaler"])
-            self.progress = Progress(**state["progress"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            self.progress = Progress.of(progress)
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{self.folder.last} does not fit this run: {error}") from error
+        if bad := self._not_finite():
+            raise CheckpointError(
+                f"{self.folder.last} holds numbers that are not finite, in {bad}: the training had "
+                "diverged. Start a new run, with a lower --lr, --grad-clip 1, or --precision fp32"
+            )
         if self.processes.main:
             self._totals += torch.tensor(self.progress.totals, dtype=self._totals.dtype)
         return True
@@ -79,8 +97,12 @@ class Trainer:
         load_weights(self.model, self.folder.best_model)
 
     def _save(self) -> None:
-        """Collective: the totals of all processes are read, the main one writes."""
+        """Collective: the totals of all processes are read, the main one writes.
+
+        Raises DivergedError, writing nothing, where a loss or a weight is not finite."""
         self._read_totals()
+        if bad := self._not_finite():
+            raise self._diverged(f"the numbers of {bad} are not finite", self._last_micro_step())
         if self.processes.main:
             state = {
                 "model": self.model.state_dict(),
@@ -88,19 +110,67 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "progress": vars(self.progress).copy(),
             }
-            save_state(self.folder.last, state)
+            save_state(self.folder, self.folder.last, state)
         self._saved_at = time.perf_counter()
 
     def _read_totals(self) -> None:
         """The one wait for the device: at log lines, checkpoints and the end of an epoch."""
         self.progress.totals = self.processes.sum(self._totals).tolist()
         self._upload.waited()
-        if not math.isfinite(self.progress.totals[0]):
-            raise DivergedError(
-                f"the loss is {self.progress.totals[0]} in epoch {self.progress.epoch + 1}, before "
-                f"step {self.progress.step}. Try a lower --lr, --grad-clip 1, or --precision fp32; "
-                f"{self.folder.last} still holds the last sound state"
-            )
+        loss = self.progress.totals[0]
+        if not math.isfinite(loss):
+            step = self.processes.least(int(self._bad_step))
+            raise self._diverged(f"the loss is {loss}", step)
+
+    # --- divergence -------------------------------------------------------------------------------
+
+    def _not_finite(self) -> str | None:
+        """The name of a weight, or of a number the optimiser keeps for one, that is not finite."""
+        numbers: dict[str, Any] = dict(self.model.state_dict())
+        names = {p: name for name, p in self.model.named_parameters()}
+        for p, kept in self.optimizer.state.items():
+            numbers |= {f"the optimiser's {k} of {names[p]}": v for k, v in kept.items()}
+        return not_finite(numbers)
+
+    def _last_micro_step(self) -> int:
+        return max(0, self.progress.micro_step - 1)
+
+    def _diverged(self, what: str, micro_step: int) -> DivergedError:
+        """The error to raise; diverged.json tells what is needed to see the step again."""
+        config = self.config
+        micro_step = min(micro_step, self._last_micro_step())
+        per_epoch = -(-len(self.run.splits.train) // config.batch_size)
+        epoch, batch = divmod(micro_step, per_epoch)
+        batches = shuffled_batches(
+            len(self.run.splits.train), config.batch_size, seed=config.seed, epoch=epoch
+        )
+        found = {
+            "what": what,
+            "epoch": epoch + 1,
+            "batch": batch + 1,
+            "micro_step": micro_step,
+            "step": epoch * -(-per_epoch // config.grad_accumulation)
+            + batch // config.grad_accumulation,
+            "seed": config.seed,
+            "forward_seeds": [
+                forward_seed(config.seed, micro_step, rank) for rank in range(self.processes.world)
+            ],
+            # Numbers of training texts, counted from 0 in the order of the training split.
+            "texts": list(batches)[batch].tolist(),
+        }
+        kept = "no checkpoint had been written before"
+        if self.folder.last.exists():
+            kept = f"{self.folder.last} holds the last state in which all numbers were finite"
+        where = ""
+        if self.processes.main:
+            with contextlib.suppress(OSError):  # a full disk should not hide why training ended
+                self.folder.write_json(self.folder.diverged, found)
+                where = f"; {self.folder.diverged} names its texts and seeds"
+        return DivergedError(
+            f"{what}, first in epoch {epoch + 1}, step {found['step'] + 1}{where}. {kept}; going "
+            "on from there would repeat it. Start a new run with a lower --lr, --grad-clip 1, or "
+            "--precision fp32"
+        )
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -149,11 +219,13 @@ class Trainer:
         """One optimiser step on a group of batches, each shared out among the processes."""
         samples = sum(len(indices) for _, indices in group)
         self.optimizer.zero_grad(set_to_none=True)
-        for k, (number, indices) in enumerate(group):
+        batches = [self._batch(number, indices) for number, indices in group]
+        labels = self._labels_of(batches, samples)
+        for k, (batch, (_, indices)) in enumerate(zip(batches, group, strict=True)):
             last = k == len(group) - 1
             several = self.processes.world > 1 and not last
             with self.module.no_sync() if several else nullcontext():
-                self._micro_step(number, indices, samples)
+                self._micro_step(batch, labels, len(self.processes.share(indices)))
         if self.config.grad_clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
@@ -163,33 +235,60 @@ class Trainer:
         self.progress.batch = group[-1][0] + 1
         self.progress.samples += samples
 
-    def _micro_step(self, number: int, indices: np.ndarray, samples: int) -> None:
-        """Forward and backward on one batch of a step on `samples` examples."""
-        run, config, progress, rank = self.run, self.config, self.progress, self.processes.rank
-        mine = self.processes.share(indices)
-        stream = (config.seed, BATCH_STREAM, progress.epoch, number, rank)
-        batch = self._upload(run.task.batch(run, run.splits.train, mine, stream))
-        labels = batch.labels
-        assert labels is not None
-        seed = forward_seed(config.seed, progress.micro_step, rank)
+    def _batch(self, number: int, indices: np.ndarray) -> PackedBatch:
+        """This process's share of a batch, on the host."""
+        run, rank = self.run, self.processes.rank
+        stream = (self.config.seed, BATCH_STREAM, self.progress.epoch, number, rank)
+        return run.task.batch(run, run.splits.train, self.processes.share(indices), stream)
+
+    def _labels_of(self, batches: list[PackedBatch], samples: int) -> int:
+        """How many labels a step has over all its batches and processes: its loss is their mean.
+
+        That is one a text, but for hidden words, which only the process that hides them counts."""
+        if all(batch.rows is None for batch in batches):
+            return samples
+        mine = sum(len(batch.labels) for batch in batches if batch.labels is not None)
+        return max(1, int(self.processes.sum(torch.tensor(mine))))
+
+    def _micro_step(self, batch: PackedBatch, labels: int, samples: int) -> None:
+        """Forward and backward on one batch of a step that has `labels` labels in all."""
+        run, progress, rank = self.run, self.progress, self.processes.rank
+        assert batch.labels is not None
+        count = len(batch.labels)
+        seed = forward_seed(self.config.seed, progress.micro_step, rank)
         torch.manual_seed(seed)  # for backends that draw from torch's generator
-        on_device = self._upload(torch.tensor(seed))
+        batch, on_device = self._upload(batch), self._upload(torch.tensor(seed))
         loss, correct = run.task.loss(run, self.module, batch, on_device)
-        share = len(mine) / max(1, len(labels))  # several labels a text: their mean
-        loss = loss * share
-        # DDP averages the gradients of its processes; the mean over the step's examples is wanted.
-        self.scaler.scale(loss * (self.processes.world / samples)).backward()
-        progress.micro_step += 1
+        # DDP averages the gradients of its processes; the mean over the step's labels is wanted.
+        self.scaler.scale(loss * (self.processes.world / labels)).backward()
         with torch.no_grad():
-            correct = correct * share
-            count = torch.full_like(correct, len(mine))
-            self._totals += torch.stack([loss.detach(), correct, count])
+            loss = loss.detach()
+            self._totals += torch.stack(
+                [
+                    loss,
+                    correct.to(loss.dtype),
+                    torch.full_like(loss, count),
+                    torch.full_like(loss, samples),
+                ]
+            )
+            bad = torch.where(loss.isfinite(), _NEVER, progress.micro_step)
+            self._bad_step = torch.minimum(self._bad_step, bad)
+        progress.micro_step += 1
 
     def _end_epoch(self) -> dict[str, Any]:
         run, progress = self.run, self.progress
         self._read_totals()
-        loss, correct, count = progress.totals
-        val_loss, val_accuracy = run.task.measure(run, self.model, run.splits.validation)
+        if bad := self._not_finite():
+            raise self._diverged(f"the numbers of {bad} are not finite", self._last_micro_step())
+        loss, correct, count, samples = progress.totals
+        try:
+            val_loss, val_accuracy = run.task.measure(run, self.model, run.splits.validation)
+        except NotFiniteError as error:
+            what = f"on the validation split, {error}"
+            raise self._diverged(what, self._last_micro_step()) from error
+        if not math.isfinite(val_loss):
+            what = f"the loss on the validation split is {val_loss}"
+            raise self._diverged(what, self._last_micro_step())
         row = {
             "kind": "epoch",
             "epoch": progress.epoch + 1,
@@ -198,17 +297,17 @@ class Trainer:
             "val_loss": val_loss,
             "val_accuracy": val_accuracy,
             "seconds": progress.epoch_seconds,
-            "samples_per_second": count / progress.epoch_seconds,
+            "samples_per_second": samples / progress.epoch_seconds,
         }
         progress.history.append(row)
         self._write_metrics(row)
         if progress.best is row and self.processes.main:
-            save_state(self.folder.best_model, self.model.state_dict())
+            save_state(self.folder, self.folder.best_model, self.model.state_dict())
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.seconds += progress.epoch_seconds
         progress.epoch_seconds = 0.0
         self._totals.zero_()
-        progress.logged = [0.0, 0.0, 0.0]
+        progress.logged = [0.0, 0.0, 0.0, 0.0]
         self._save()
         return row
 
@@ -217,7 +316,7 @@ class Trainer:
     def _log_interval(self) -> None:
         self._read_totals()
         progress = self.progress
-        loss, correct, count = np.subtract(progress.totals, progress.logged).tolist()
+        loss, correct, count, _ = np.subtract(progress.totals, progress.logged).tolist()
         progress.logged = list(progress.totals)
         row = {
             "kind": "train",
@@ -226,21 +325,42 @@ class Trainer:
             "loss": loss / count,
             "accuracy": correct / count,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "samples_per_second": progress.totals[2] / progress.epoch_seconds,
+            "samples_per_second": progress.totals[3] / progress.epoch_seconds,
         }
         self._write_metrics(row)
 
-    def _write_metrics(self, row: dict[str, Any]) -> None:
+    def _write_metrics(self, *rows: dict[str, Any]) -> None:
         if self.processes.main:
+            lines = b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
             with open(self.folder.metrics, "ab") as f:
-                f.write(json.dumps(row).encode() + b"\n")
+                f.write(lines)
                 self.progress.metrics_bytes = f.tell()
+            self._metrics_digest.update(lines)
+            self.progress.metrics_sha256 = self._metrics_digest.hexdigest()
 
     def _trim_metrics(self) -> None:
-        """Cut off the lines that were written after the checkpoint this run goes on from."""
-        if self.processes.main:
+        """Cut off the lines that were written after the checkpoint this run goes on from.
+
+        Of a file that is damaged the lines of the epochs are written anew: training needs none."""
+        if not self.processes.main:
+            return
+        progress = self.progress
+        written = b""
+        with contextlib.suppress(FileNotFoundError):
+            written = self.folder.metrics.read_bytes()[: progress.metrics_bytes]
+        self._metrics_digest = hashlib.sha256(written)
+        sound = progress.metrics_sha256 in (None, self._metrics_digest.hexdigest())
+        if len(written) == progress.metrics_bytes and sound:
             with open(self.folder.metrics, "ab") as f:
-                f.truncate(self.progress.metrics_bytes)
+                f.truncate(progress.metrics_bytes)
+            return
+        log.warning(
+            "%s was damaged: it has the lines of the epochs again, those of their steps are lost",
+            self.folder.metrics,
+        )
+        self.folder.metrics.unlink(missing_ok=True)
+        self._metrics_digest = hashlib.sha256()
+        self._write_metrics(*progress.history)
 
     # --- signals ----------------------------------------------------------------------------------
 
@@ -248,13 +368,16 @@ class Trainer:
     def _signals(self) -> Iterator[None]:
         """The first Ctrl-C or SIGTERM asks for a stop at the next step; a second ends at once."""
 
+        old: dict[int, Any] = {}
+
         def ask(number: int, frame: Any) -> None:
             self._stop = True
             log.info("stopping after this step and saving; once more to stop at once")
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, old.get(number, signal.default_int_handler))
 
         try:
-            old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                old[number] = signal.signal(number, ask)
         except ValueError:  # not the main thread: signals are somebody else's
             yield
             return

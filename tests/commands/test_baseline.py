@@ -144,11 +144,13 @@ def test_a_kind_from_end_to_end(
     assert "scikit-learn" in found["versions"] and "Vectorizer(" in found["pipeline"]
     assert found["config"] == {
         "dataset": "demo", "text_column": None, "label_column": None, "train_samples": 600,
-        "test_samples": 200, "seed": 3, "split_seed": None,
+        "test_samples": 200, "subset_order": "shuffled", "allow_single_class": False, "seed": 3,
+        "split_seed": None,
     }  # fmt: skip
-    for taken in (tmp_path / "a", tmp_path / "a" / "results.json"):
-        assert run(kind, *DEMO, "--out", taken) == 2
-        assert "results.json exists already" in capsys.readouterr().err
+    assert run(kind, *DEMO, "--out", tmp_path / "a") == 2
+    assert "exists already and holds manifest.json, results.json" in capsys.readouterr().err
+    assert run(kind, *DEMO, "--out", tmp_path / "a" / "results.json") == 2
+    assert "is no folder" in capsys.readouterr().err
 
     assert run(kind, *DEMO, "--json") == 0
     repeated = json.loads(capsys.readouterr().out)

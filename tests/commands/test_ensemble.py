@@ -21,8 +21,9 @@ from fasttx.models.pool import Pool
 from fasttx.tasks import TASKS, read_config
 from fasttx.text import splits as data
 from fasttx.text.packing import pack
-from fasttx.training.checkpoint import RunFolder, load_state
+from fasttx.training.checkpoint import load_state
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 from fasttx.training.metrics import log_softmax
 from fasttx.training.predictions import Predictions, PseudoLabels
 from fasttx.training.task import Examples, Run, Splits
@@ -154,12 +155,14 @@ def test_bad_settings_are_one_clear_line(
 
     a = members[0]
     assert "add --out DIR" in refused(a, "--pseudo-labels")
-    assert "--batch-size is 0; expected at least 1" in refused(a, "--batch-size", 0)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["ensemble", str(a), "--batch-size", "0"])
+    assert "--batch-size is 0; expected at least 1" in capsys.readouterr().err
     assert "add --linear KIND" in refused(a, "--ngrams", 3)
     assert "is no fasttx run" in refused(tmp_path / "none")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
-    assert "full exists already" in refused(a, "--out", tmp_path / "full")
+    assert "full exists already and holds" in refused(a, "--out", tmp_path / "full")
     assert train.main([*SMALL, "--dataset", str(reviews), "--seed", "1", "--epochs", "1", "--out",
                        str(tmp_path / "other")]) == 0  # fmt: skip
     message = refused(a, tmp_path / "other")
@@ -260,10 +263,10 @@ def test_an_unbroken_run_and_a_resumed_one_are_the_same(
     found = PseudoLabels.load(labels / "pseudo_labels.npz")
     PseudoLabels(
         found.probabilities[:, ::-1].copy(), found.label_names, found.texts, found.splits
-    ).save(labels / "pseudo_labels.npz")
+    ).save(RunFolder(labels))
     assert train.main(["--resume", str(parts)]) == 2
     assert "was made with other pseudo-labels" in capsys.readouterr().err
-    found.save(labels / "pseudo_labels.npz")
+    found.save(RunFolder(labels))
     assert train.main(["--resume", str(parts)]) == 0
     one, two = (load_state(run / "best_model.pt") for run in (whole, parts))
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -289,7 +292,7 @@ def test_labels_that_do_not_fit_are_refused(
         teacher, fewer
     )
     found = PseudoLabels.load(teacher / "pseudo_labels.npz")
-    replace(found, label_names=("bad", "better")).save(tmp_path / "pseudo_labels.npz")
+    replace(found, label_names=("bad", "better")).save(RunFolder(tmp_path))
     assert "has the classes bad, better; expected those of" in refused(tmp_path)
     assert "comes from other splits than this run's" in refused(teacher, seed=1)
 
@@ -305,6 +308,8 @@ def test_damaged_pseudo_labels_are_named(teacher: Path, tmp_path: Path, how: str
         path.write_text("probabilities")
     else:
         rows = 2 * found.probabilities if how == "rows" else found.probabilities[:, :1]
-        replace(found, probabilities=rows).save(path)
-    with pytest.raises(CheckpointError, match="pseudo_labels.npz holds no pseudo-labels"):
+        replace(found, probabilities=rows).save(RunFolder(tmp_path))
+    with pytest.raises(
+        CheckpointError, match="pseudo_labels.npz (holds no pseudo-labels|is damaged)"
+    ):
         PseudoLabels.load(path)

@@ -21,6 +21,7 @@ from fasttx.commands.train import options
 from fasttx.config import RECIPES
 from fasttx.errors import CheckpointError, FasttxError
 from fasttx.ops import registry
+from fasttx.training.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -351,6 +352,7 @@ def test_mismatched_model(run: Path, tmp_path: Path) -> None:
     torch.save(
         fasttx.TransformerClassifier(d_model=8, num_heads=2).state_dict(), copy / "best_model.pt"
     )
+    RunFolder(copy).seal()
     with pytest.raises(CheckpointError, match=r"best_model\.pt does not fit"):
         fasttx.load(copy)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from fasttx.kernels.cpu import library as kernels
 from torch import Tensor
 
+from fasttx import TransformerClassifier
 from fasttx.ops.registry import BACKENDS
 from fasttx.testing import AttentionCase, RowCase, dropout_of
 
@@ -53,10 +55,55 @@ def everything() -> list[Tensor]:
 def test_the_number_of_threads_changes_no_bit(threads):
     threads(1)
     one = everything()
-    for n in (2, 3):
+    for n in range(2, 9):
         threads(n)
         for x, y in zip(everything(), one, strict=True):
             assert torch.equal(x, y), n
+
+
+def test_fifty_times_the_same_bits(threads):
+    """What is shared out among threads is added up in one order, whoever comes first."""
+    threads(4)
+    first = everything()
+    for _ in range(50):
+        for x, y in zip(everything(), first, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_two_models_in_two_threads_of_python(threads, count):
+    """Each computes what it computes alone: the kernels' scratch space belongs to a thread."""
+    threads(count)
+    models = [tiny(seed, d_model) for seed, d_model in ((1, 32), (2, 64))]
+    alone = [step(model) for model in models]
+
+    def again(i: int) -> list[list[Tensor]]:
+        torch.set_num_threads(count)
+        return [step(models[i]) for _ in range(10)]
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(again, (0, 1)))
+    for expected, steps in zip(alone, together, strict=True):
+        for found in steps:
+            for x, y in zip(found, expected, strict=True):
+                assert torch.equal(x, y)
+
+
+def tiny(seed: int, d_model: int) -> TransformerClassifier:
+    torch.manual_seed(seed)
+    return TransformerClassifier(
+        50, d_model=d_model, num_heads=2, num_layers=2, d_ff=40, max_len=300, attn_backend="cpu"
+    )
+
+
+def step(model: TransformerClassifier) -> list[Tensor]:
+    """The logits of a training step with dropout, and every gradient."""
+    lens = (300, 17, 0, 120)
+    ids = torch.randint(2, 50, (sum(lens),), generator=torch.Generator().manual_seed(1))
+    cu_seqlens = torch.tensor([0, *lens]).cumsum(0).int()
+    logits = model(ids, cu_seqlens=cu_seqlens, seed=torch.tensor(3))
+    gradients = torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
+    return [logits.detach(), *gradients]
 
 
 def in_a_process(script: str) -> str:
@@ -78,7 +125,8 @@ def test_the_threads_are_torch_s_own():
         import os
         import sklearn.utils._openmp_helpers, torch
         from fasttx.ops.contract import Spans
-        from fasttx.ops.registry import BACKENDS
+        from fasttx import TransformerClassifier
+from fasttx.ops.registry import BACKENDS
         torch.set_num_threads(2)
         count = lambda: len(os.listdir("/proc/self/task"))
         at_first = count()

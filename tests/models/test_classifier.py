@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fasttx import ModelConfig, TransformerClassifier, pack
 from fasttx.errors import ConfigError
-from fasttx.models.classifier import mean_pool
 from fasttx.models.encoder import sinusoidal_positions
+from fasttx.models.mean_pool import mean_pool
 from fasttx.ops import dropout, registry
 from fasttx.ops.dropout import NO_DROPOUT, Dropout
 from fasttx.ops.reference import ReferenceOperations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from fasttx import TransformerClassifier
+from fasttx import ModelConfig, TransformerClassifier
+from fasttx.models.lstm import LSTMClassifier
+from fasttx.models.masked_lm import MaskedLanguageModel
 
 BACKENDS = ("cpu", "reference", "sdpa")
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]])
@@ -127,6 +131,49 @@ def test_hooks_that_change_nothing_change_nothing_in_training(backend):
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["", "blocks", "blocks.0", "blocks.1", "head"])
+@over_backends
+def test_hooks_of_larger_parts_fire(backend, name):
+    model, seen = tiny(backend), []
+    before = step(model)
+    part = model.get_submodule(name)
+    part.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    part.register_forward_hook(lambda module, args, out: seen.append("after"))
+    part.register_full_backward_pre_hook(lambda module, taken: seen.append("back"))
+    part.register_full_backward_hook(lambda module, given, taken: seen.append("done"))
+    for x, y in zip(step(model), before, strict=True):
+        torch.testing.assert_close(x, y)
+    # A list of modules is not called.
+    assert sorted(seen) == ([] if name == "blocks" else ["after", "back", "before", "done"])
+
+
+@pytest.mark.parametrize("name", ["head", "head.dense", "head.norm"])
+@over_backends
+def test_hooks_of_the_masked_model_s_head_fire(backend, name):
+    config = ModelConfig(
+        20, d_model=16, num_heads=2, num_layers=1, d_ff=8, max_len=8, attn_backend=backend
+    )
+    torch.manual_seed(0)
+    model = MaskedLanguageModel(config).eval()
+    inputs = {"cu_seqlens": torch.tensor([0, 4]), "rows": torch.tensor([1, 3])}
+    before = model(IDS[0], **inputs)
+    model.get_submodule(name).register_forward_hook(lambda module, args, out: out * 1.5)
+    assert (model(IDS[0], **inputs) - before).abs().max() > 1e-3
+    loss, _ = model(IDS[0], **inputs, labels=torch.tensor([4, 5]))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["onward", "from_end", "classify"])
+def test_hooks_of_an_lstm_fire(name):
+    torch.manual_seed(0)
+    model = LSTMClassifier(ModelConfig(20, d_model=16, num_heads=2, num_layers=1, d_ff=8)).eval()
+    seen = []
+    model.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(name))
+    model(IDS[0], cu_seqlens=torch.tensor([0, 4]))
+    assert seen == [name]
+
+
 # ------------------------------------------------------------------------------------ replacements
 
 
@@ -192,6 +239,117 @@ def test_a_forward_of_an_instance_is_called(backend, name):
     assert_changed(model, before)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
+@over_backends
+def test_a_forward_of_the_class_is_called(backend, kind, monkeypatch):
+    """As profilers and tools for quantisation put it there."""
+    model = tiny(backend)
+    before, forward, seen = model(IDS), kind.forward, []
+
+    def counted(layer: nn.Module, x: Tensor) -> Tensor:
+        seen.append(layer)
+        return forward(layer, x)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    torch.testing.assert_close(model(IDS), before, rtol=1e-5, atol=1e-6)
+    assert len(seen) == len(LINEAR if kind is nn.Linear else NORMS)
+
+
+class Passing(nn.Module):
+    """Around a whole part, as FSDP and activation checkpointing wrap it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        self.calls += 1
+        return self.module(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+@pytest.mark.parametrize("name", ["blocks.0", "blocks.1", "head", "norm"])
+@over_backends
+def test_a_wrapper_of_a_whole_part(backend, name):
+    model = tiny(backend)
+    before, wrapper = step(model), Passing(model.get_submodule(name))
+    replace(model, name, wrapper)
+    for x, y in zip(step(model), before, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    assert wrapper.calls == 1
+
+
+@over_layers
+@over_backends
+def test_frozen_weights(backend, name):
+    """Their layer gets no gradient, the others get what they got before."""
+    model = tiny(backend)
+    before = dict(zip(dict(model.named_parameters()), step(model)[1:], strict=True))
+    layer = model.get_submodule(name)
+    for frozen in ([layer.weight], [layer.bias], [layer.weight, layer.bias]):
+        for p in model.parameters():
+            p.requires_grad_(not any(p is x for x in frozen))
+            p.grad = None
+        logits = model(IDS)
+        weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+        (logits * weights).sum().backward()
+        for key, p in model.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(p.grad, before[key])
+            else:
+                assert p.grad is None
+
+
+@over_backends
+def test_everything_but_the_head_frozen(backend):
+    model = tiny(backend)
+    model.requires_grad_(False)
+    model.head.classify.requires_grad_(True)
+    model(IDS).sum().backward()
+    with_gradients = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradients == {"head.classify.weight", "head.classify.bias"}
+
+
+@over_backends
+def test_tied_weights(backend):
+    """Of layers in two blocks: one gradient, the sum of both."""
+    model = tiny(backend)
+    for name in ("qkv", "out", "up", "down", "norm1", "norm2"):
+        theirs = getattr(model.blocks[0], name)
+        setattr(model.blocks[1], name, theirs)
+    tied = copy.deepcopy(model)
+    apart = tiny(backend)
+    apart.load_state_dict(model.state_dict())
+    names = [name for name, _ in tied.named_parameters()]
+    assert "blocks.1.up.weight" not in names
+    logits, *gradients = step(tied)
+    expected, *theirs = step(apart)
+    assert torch.equal(logits, expected)
+    by_name = dict(zip(dict(apart.named_parameters()), theirs, strict=True))
+    for name, gradient in zip(names, gradients, strict=True):
+        total = by_name[name]
+        if name.startswith("blocks.0."):
+            total = total + by_name[name.replace("blocks.0.", "blocks.1.")]
+        torch.testing.assert_close(gradient, total, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@over_backends
+def test_a_layer_made_without_initial_values(backend, name):
+    """By torch.nn.utils.skip_init: a plain layer, whose weights come later."""
+    model = tiny(backend)
+    before, old = model(IDS), model.get_submodule(name)
+    new = nn.utils.skip_init(nn.Linear, old.in_features, old.out_features)
+    new.load_state_dict(old.state_dict())
+    replace(model, name, new)
+    assert torch.equal(model(IDS), before)
+
+
 @pytest.mark.parametrize("name", LINEAR)
 @over_backends
 def test_a_linear_layer_without_a_bias(backend, name):
@@ -245,6 +403,29 @@ def test_weight_norm(backend, name):
     with torch.no_grad():
         layer.parametrizations.weight.original0.mul_(2)  # the lengths
     assert_changed(model, before)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("change", ["pruned", "weight_norm", "spectral_norm"])
+@over_backends
+def test_weights_that_a_hook_computes(backend, change, name):
+    """Before each call: the older way of torch.nn.utils."""
+    model = tiny(backend)
+    before, layer = model(IDS), model.get_submodule(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weight_norm is on its way out
+        if change == "pruned":
+            prune.l1_unstructured(layer, "weight", amount=0.5)
+        else:
+            getattr(nn.utils, change)(layer)
+    if change == "weight_norm":
+        with torch.no_grad():
+            layer.weight_g.mul_(2)  # the lengths
+    assert_changed(model, before)
+    model(IDS).square().sum().backward()
+    name_of = {"pruned": "weight_orig", "spectral_norm": "weight_orig", "weight_norm": "weight_v"}
+    gradient = getattr(layer, name_of[change]).grad
+    assert gradient.abs().max() > 0
 
 
 @over_backends

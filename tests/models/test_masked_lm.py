@@ -16,7 +16,7 @@ from fasttx.models.linear_cross_entropy import linear_cross_entropy
 from fasttx.models.masked_lm import MaskedLanguageModel, mask_words
 from fasttx.text.packing import RaggedIds, pack
 from fasttx.text.tokenizer import UNK_ID
-from fasttx.training.checkpoint import load_encoder, save_state
+from fasttx.training.checkpoint import load_encoder
 
 MODEL = ModelConfig(
     vocab_size=50, d_model=32, num_heads=4, num_layers=2, d_ff=64, max_len=40,
@@ -100,7 +100,7 @@ def test_the_embedding_learns_from_both_its_ends() -> None:
 def test_encoder_weights_move_between_heads(tmp_path: Path) -> None:
     torch.manual_seed(0)
     pretrained, classifier = MaskedLanguageModel(MODEL), TransformerClassifier.from_config(MODEL)
-    save_state(tmp_path / "best_model.pt", pretrained.state_dict())
+    torch.save(pretrained.state_dict(), tmp_path / "best_model.pt")
     head = {k: v.clone() for k, v in classifier.head.state_dict().items()}
     load_encoder(classifier, tmp_path / "best_model.pt")
     batch = pack(ragged(8)).model_inputs()

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,21 +23,23 @@ from fasttx.commands import cli
 from fasttx.config import ModelConfig, TrainConfig
 from fasttx.errors import CheckpointError
 from fasttx.models.classifier import TransformerClassifier
-from fasttx.reporting import attributions, explain, findings, html_report, plots
+from fasttx.reporting import attributions, explain, findings, html_report, page, plots
+from fasttx.reporting import finished as finished_run
 from fasttx.reporting.escaping import escaped, printable
 from fasttx.reporting.finished import open_run
-from fasttx.tasks import TASKS
+from fasttx.tasks import TASKS, read_config
 from fasttx.text import splits as data
 from fasttx.text.packing import pack
 from fasttx.text.tokenizer import UNK_ID
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import RunFolder
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 from fasttx.training.metrics import classification_metrics
 from fasttx.training.predictions import Predictions
 from fasttx.training.results import time_to_accuracy
 
 # A script, a stylesheet's end, matplotlib's mathematics, a terminal's escape, right to left.
+OLD = Path(__file__).resolve().parents[1] / "data" / "runs" / "classification-finished"
 LABELS = ("<script>bad</script>", "$x_{$ ok & \x1b[31m", "good\u202e")
 HOSTILE = "</p></style><script>alert(1)</script> \u202e \x1b[31m <img src=x onerror=alert(2)> 😀 "
 
@@ -142,9 +145,11 @@ def test_what_is_derived_from_logits() -> None:
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind", None])
 def test_damaged_predictions_are_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "test_predictions.npz"
-    Predictions(np.zeros((4, 2), np.float32), np.zeros(4, np.int64)).save(path)
+    Predictions(np.zeros((4, 2), np.float32), np.zeros(4, np.int64)).save(RunFolder(tmp_path))
     path.write_bytes(path.read_bytes()[:200] if content is None else content)
-    with pytest.raises(CheckpointError, match="test_predictions.npz holds no predictions"):
+    with pytest.raises(
+        CheckpointError, match="test_predictions.npz (holds no predictions|is damaged)"
+    ):
         Predictions.load(path, 2)
 
 
@@ -159,7 +164,7 @@ def test_damaged_predictions_are_named(tmp_path: Path, content: bytes | None) ->
 )
 def test_wrong_predictions_are_named(tmp_path: Path, logits, labels, message) -> None:
     path = tmp_path / "test_predictions.npz"
-    Predictions(logits, labels).save(path)
+    Predictions(logits, labels).save(RunFolder(tmp_path))
     with pytest.raises(CheckpointError, match=message):
         Predictions.load(path, 3)
 
@@ -295,7 +300,7 @@ def test_throughput_of_each_interval() -> None:
 
 def slow_integrated_gradients(model, ids: np.ndarray, target: int, rival: int, points: int):
     """Midpoints, one at a time, in float64, with the model's layers called one by one."""
-    from fasttx.models.classifier import mean_pool
+    from fasttx.models.mean_pool import mean_pool
     from fasttx.ops.contract import Spans
     from fasttx.ops.dropout import NO_DROPOUT
 
@@ -508,6 +513,7 @@ def test_without_the_dataset_the_page_says_so(copy: Path, tmp_path: Path) -> Non
     config = json.loads((copy / "config.json").read_text())
     config["train"]["dataset"] = str(tmp_path / "gone")
     (copy / "config.json").write_text(json.dumps(config))
+    RunFolder(copy).seal()
     source, pictures = html_report.build(open_run(copy, "cpu"))
     found = check_page(source)
     assert "cannot be had any more" in found.words and "gone" in found.words
@@ -522,6 +528,7 @@ def test_other_texts_are_not_taken_for_the_runs_own(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["dataset"]["fingerprint"] = "0" * 64
     (copy / "config.json").write_text(json.dumps(config))
+    RunFolder(copy).seal()
     run = open_run(copy, "cpu")
     assert run.texts is None and "fingerprint" in run.notes[0]
 
@@ -537,7 +544,7 @@ def test_an_unfinished_run_is_refused_and_its_test_split_untouched(copy: Path) -
 def test_predictions_of_another_split_are_refused(copy: Path) -> None:
     path = RunFolder(copy).test_predictions
     saved = Predictions.load(path, 3)
-    Predictions(saved.logits, np.roll(saved.labels, 1)).save(path)
+    Predictions(saved.logits, np.roll(saved.labels, 1)).save(RunFolder(copy))
     with pytest.raises(CheckpointError, match="does not belong"):
         open_run(copy, "cpu")
 
@@ -596,6 +603,115 @@ def test_the_report_command(copy: Path, tmp_path: Path, capsys) -> None:
     check_page(out.read_text(encoding="utf-8"))
     assert {p.name for p in (out.parent / "page").iterdir()} >= {"reliability.png"}
     assert cli.main(["report", str(tmp_path / "nothing")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file/page.html", "file is no folder; expected one"),
+        ("file/more/page.html", "file is no folder; expected one"),
+        ("folder", "it is a folder; expected the name of a file"),
+        ("page.html", "its pictures go to the folder .*page, which is a file"),
+        ("none/page.html", "none does not exist; create it first"),
+    ],
+)
+def test_a_report_that_could_not_be_written_is_refused_before_the_work(
+    copy: Path, tmp_path: Path, capsys, monkeypatch, out: str, message: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    (tmp_path / "page").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("fasttx.commands.report.open_run", None)  # the work
+    assert cli.main(["report", str(copy), "--out", str(tmp_path / out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+
+
+def test_a_folder_that_may_not_be_written(copy: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("fasttx.commands.report.open_run", None)
+    monkeypatch.setattr("os.access", lambda *_: False)  # whoever runs the tests may write it
+    for argv in (["report", str(copy)], ["report", str(copy), "--out", str(tmp_path / "a.html")]):
+        assert cli.main(argv) == 2
+        assert "may not be written; change its permissions" in capsys.readouterr().err
+
+
+def test_a_page_without_a_suffix_has_a_picture_folder_of_another_name(tmp_path: Path) -> None:
+    drawn = plots.Picture("<svg/>", b"png")
+    page.check_place(tmp_path / "page", pictures=True)
+    assert page.write(tmp_path / "page", "<p>", {"a": drawn}) == tmp_path / "page-pictures"
+    assert (tmp_path / "page").read_text() == "<p>"
+
+
+def test_thousands_of_labels_are_drawn_and_named(monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    metrics = drawn(900, 3000).metrics
+    seen = []
+    imshow = matplotlib_axes().imshow
+    monkeypatch.setattr(
+        matplotlib_axes(),
+        "imshow",
+        lambda self, x, **k: seen.append(x.shape) or imshow(self, x, **k),
+    )
+    plots.confusion(metrics, [f"label {i}" for i in range(3000)])
+    assert seen == [(plots.MOST_LABELS, plots.MOST_LABELS, 4)]
+    assert "of all" in findings.confusion_sentence(metrics, ["x"] * 3000)
+
+
+def matplotlib_axes():
+    from matplotlib.axes import Axes
+
+    return Axes
+
+
+def test_a_text_of_many_windows_is_not_explained_in_a_report() -> None:
+    predictions = drawn(50, 2)
+    among = np.zeros(50, dtype=bool)
+    assert len(findings.confident_mistakes(predictions, 8, among)) == 0
+    shown = findings.confident_mistakes(predictions, 8, among)
+    assert "too long to be explained" in findings.mistakes_sentence(predictions, shown)
+    among[:25] = True
+    assert (findings.confident_mistakes(predictions, 8, among) < 25).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test_accuracy": None}, "test_accuracy is 'None'; expected a finite number"),
+        ({"history": []}, "which is none of its history"),
+        ({"history": [3]}, "in history: '3'; expected names and values"),
+        ({"history": None}, "history is 'None'; expected list"),
+        ({"best_epoch": "1"}, "best_epoch is '1'; expected int"),
+        ({"test": {}}, "its test has other names than this version of fasttx writes"),
+        ({"seconds": float("nan")}, "seconds is 'nan'; expected a finite number"),
+        ({"hardware": "cpu"}, "hardware is 'cpu'; expected dict"),
+    ],
+)
+def test_results_that_a_hand_has_changed(change: dict, message: str) -> None:
+    values = json.loads((OLD / "results.json").read_text(encoding="utf-8"))
+    config = read_config(OLD / "config.json")
+    finished_run._check_results(OLD / "results.json", values, config)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        finished_run._check_results(OLD / "results.json", values | change, config)
+
+
+def test_the_matrix_of_other_labels_is_refused() -> None:
+    values = json.loads((OLD / "results.json").read_text(encoding="utf-8"))
+    config = replace(read_config(OLD / "config.json"), label_names=("a", "b", "c"))
+    with pytest.raises(CheckpointError, match="of test has the shape"):
+        finished_run._check_results(OLD / "results.json", values, config)
+
+
+@pytest.mark.parametrize("line", ["[]", '{"kind": "train"}', "x", '{"kind": "epoch"}', "3"])
+def test_metrics_that_a_hand_has_changed(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes((OLD / "metrics.jsonl").read_bytes() + b'{"kind": "of another version"}\n')
+    rows = finished_run._rows(path)
+    assert {row["kind"] for row in rows} <= {"train", "epoch"} and rows
+    path.write_bytes(path.read_bytes() + line.encode() + b"\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
+        finished_run._rows(path)
 
 
 def test_without_matplotlib_it_says_what_to_install(copy: Path, capsys, monkeypatch) -> None:

@@ -19,6 +19,7 @@ from fasttx.text import splits as data
 from fasttx.training import run as runs
 from fasttx.training.checkpoint import Progress, RunConfig
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 from fasttx.training.predictions import Predictions
 from fasttx.training.trainer import Trainer
 
@@ -146,7 +147,9 @@ def test_a_run_of_train_py_is_not_taken_for_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunConfig(RECIPES["demo"], "sdpa", "cpu", ("a", "b"), {}, "demo", "classification")
-    run.save(tmp_path / "config.json")
+    folder = RunFolder(tmp_path)
+    folder.write_json(folder.config, run.to_dict())
+    folder.seal()
     assert command("--resume", tmp_path) == 2
     assert "a run of classification; expected the LSTM baseline" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from fasttx.config import ConfigError, ModelConfig, PretrainConfig
 from fasttx.errors import CheckpointError
 from fasttx.tasks import TASKS
 from fasttx.text.packing import RaggedIds
-from fasttx.training.checkpoint import RunConfig, RunFolder, load_state
+from fasttx.training.checkpoint import RunConfig, load_state
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 from fasttx.training.task import Examples, Run, Splits
-from fasttx.training.trainer import Trainer
+from fasttx.training.trainer import BATCH_STREAM, Trainer
 
 MODEL = ModelConfig(
     vocab_size=50, d_model=32, num_heads=4, num_layers=2, d_ff=64, max_len=40,
@@ -143,3 +145,60 @@ def test_batches_come_in_few_sizes_where_shapes_are_kept(tmp_path: Path) -> None
     tokens, words = sizes("fp32")
     assert any(n % 128 for n in tokens)
     assert any(n % 32 for n in words)
+
+
+class Of(Processes):
+    """A process of its own random numbers; another one hides `others` words in the same step."""
+
+    others = 0
+
+    def share(self, indices):
+        return indices
+
+    def sum(self, tensor):
+        return tensor.detach().clone() + self.others
+
+
+def gradients(folder: Path, processes: Processes) -> tuple[Trainer, list[torch.Tensor]]:
+    """The trainer, and the gradients of one step on two batches of 3 and 5 texts."""
+    task, given = TASKS["pretraining"].load(), examples()
+    config = PretrainConfig(model=replace(MODEL, dropout=0.0), grad_accumulation=2, optimizer="sgd")
+    saved = RunConfig(config, "reference", "cpu", (), {}, None, task.name)
+    run = Run(task, saved, RunFolder(folder), torch.device("cpu"), processes, Splits(given, given))
+    torch.manual_seed(0)
+    trainer = Trainer(run, task.model(config.model))
+    trainer._step([(0, np.arange(3)), (1, np.arange(3, 8))])
+    return trainer, [p.grad for p in trainer.model.parameters()]
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_hidden_words(tmp_path: Path) -> None:
+    """However many batches the step takes them in: a batch with few hidden words weighs less."""
+    trainer, found = gradients(tmp_path, Processes())
+    run = trainer.run
+    torch.manual_seed(0)
+    model = run.task.model(run.config.train.model)
+    total, words = torch.zeros(()), 0
+    for number, indices in ((0, np.arange(3)), (1, np.arange(3, 8))):
+        batch = run.task.batch(run, run.splits.train, indices, (0, BATCH_STREAM, 0, number, 0))
+        total = total + run.task.loss(run, model, batch)[0]
+        words += len(batch.labels)
+    (total / words).backward()
+    for mine, theirs in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs.grad, rtol=1e-5, atol=1e-7)
+    assert trainer.progress.samples == 8
+    assert trainer._totals[2:].tolist() == [words, 8]
+    assert trainer._totals[0].item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_processes_share_the_mean_over_hidden_words(tmp_path: Path) -> None:
+    """A process that hides few words counts for as many as it hides."""
+    alone = [gradients(tmp_path, Of(rank)) for rank in range(2)]
+    words = [int(trainer._totals[2]) for trainer, _ in alone]
+    assert words[0] != words[1]
+    for rank in range(2):
+        processes = Of(rank)
+        object.__setattr__(processes, "others", words[1 - rank])
+        _, found = gradients(tmp_path, processes)
+        for shared, own in zip(found, alone[rank][1], strict=True):
+            share = words[rank] / sum(words)
+            torch.testing.assert_close(shared, own * share, rtol=1e-5, atol=1e-7)

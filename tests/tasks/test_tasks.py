@@ -18,8 +18,9 @@ from fasttx.tasks import TASKS, TaskEntry, read_config
 from fasttx.text import splits as data
 from fasttx.text.packing import PackedBatch, RaggedIds, pack
 from fasttx.training import run as runs
-from fasttx.training.checkpoint import Progress, RunConfig, RunFolder
+from fasttx.training.checkpoint import Progress, RunConfig
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 from fasttx.training.results import common
 from fasttx.training.task import Examples, Run, Splits, Task, TaskData
 
@@ -33,17 +34,20 @@ def test_an_entry_leads_to_its_task(name: str) -> None:
 def test_config_json_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     train = TASKS[name].settings(seed=7, model=RECIPES["demo"].model)
     saved = RunConfig(train, "cpu", "cpu", ("a", "b"), {"fingerprint": "0"}, "demo", name)
-    saved.save(tmp_path / "config.json")
+    keep(RunFolder(tmp_path), saved.to_dict())
     assert read_config(tmp_path / "config.json", name) == saved
+
+
+def keep(folder: RunFolder, config: dict[str, Any]) -> Path:
+    folder.write_json(folder.config, config)
+    folder.seal()
+    return folder.config
 
 
 def rewritten(folder: Path, **changes: object) -> Path:
     saved = RunConfig(TrainConfig(), "cpu", "cpu", (), {}, None, "classification")
-    saved.save(folder / "config.json")
-    values = json.loads((folder / "config.json").read_text()) | changes
-    values = {k: v for k, v in values.items() if v != "gone"}
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder / "config.json"
+    values = saved.to_dict() | changes
+    return keep(RunFolder(folder), {k: v for k, v in values.items() if v != "gone"})
 
 
 def test_a_config_from_before_there_were_tasks_is_a_classification(tmp_path: Path) -> None:

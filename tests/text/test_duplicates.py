@@ -14,7 +14,7 @@ from fasttx.commands import cli
 from fasttx.config import TrainConfig
 from fasttx.text import duplicates
 from fasttx.text.splits import load
-from fasttx.training.checkpoint import RunFolder
+from fasttx.training.folder import RunFolder
 from tests.datafiles import Rows, reviews, write
 
 TINY = (

@@ -164,3 +164,30 @@ positive    100.00%   50.00%  66.67%      2"""
     )
     with pytest.raises(ValueError, match="label_names has 3 names; expected 2"):
         format_metrics(classification_metrics(logits, [0, 0, 1, 1]), ["a", "b", "c"])
+
+
+def test_absent_labels_are_explained():
+    """A label without a text counts as 0 in the mean over all labels: it is said, with the mean
+    over the others."""
+    metrics = classification_metrics(np.eye(3)[[0, 1, 1, 0]], [0, 1, 1, 1])
+    assert metrics.macro_f1 == pytest.approx((2 / 3 + 4 / 5) / 3)
+    (line,) = (x for x in format_metrics(metrics, "abc").splitlines() if x.startswith("macro"))
+    assert line == (
+        "macro F1           48.89%  (1 label has no text here and counts as 0; over the other 2 it "
+        "is 73.33%)"
+    )
+    metrics = classification_metrics(np.eye(3)[[0, 1]], [0, 0])
+    assert "2 labels have no text here and count as 0; over the other 1" in (
+        format_metrics(metrics, "abc")
+    )
+    every = classification_metrics(np.eye(2)[[0, 1]], [0, 1])
+    assert "macro F1           100.00%\n" in format_metrics(every, "ab")
+
+
+def test_many_labels_do_not_fill_the_screen():
+    labels = np.arange(3000) % 1000
+    metrics = classification_metrics(np.eye(1000)[labels], labels)
+    text = format_metrics(metrics, [f"label {i}\x1b[2J\n" for i in range(1000)])
+    assert len(text) < 5000 and "\x1b" not in text and "label 3\\x1b[2J\\n" in text
+    assert "confusion matrix of 1,000 labels is not shown" in text
+    assert text.endswith("and 960 labels with fewer texts")

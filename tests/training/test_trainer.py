@@ -16,12 +16,14 @@ from fasttx.config import ModelConfig, TrainConfig
 from fasttx.device import Uploads
 from fasttx.errors import CheckpointError, DivergedError
 from fasttx.models.classifier import TransformerClassifier
+from fasttx.ops.dropout import forward_seed
 from fasttx.tasks import TASKS
 from fasttx.text.packing import RaggedIds, pack, shuffled_batches
 from fasttx.text.reading import drop_words
 from fasttx.training import inference
-from fasttx.training.checkpoint import Progress, RunConfig, RunFolder, load_state
+from fasttx.training.checkpoint import Progress, RunConfig, load_state
 from fasttx.training.distributed import Processes
+from fasttx.training.folder import RunFolder
 from fasttx.training.optimizer import learning_rate, make_optimizer
 from fasttx.training.progress import ProgressDisplay
 from fasttx.training.task import Examples, Run, Splits
@@ -176,17 +178,135 @@ def test_interrupt_saves_and_resumes(tmp_path: Path, examples: Examples) -> None
     assert again.restore() and again.progress.step in (3, 4)
 
 
-def test_divergence_is_an_error_and_keeps_the_last_sound_state(
+@pytest.mark.parametrize("where", ["loss", "weight", "optimiser", "validation"])
+@pytest.mark.parametrize("before", [True, False])
+def test_divergence_keeps_the_last_sound_state_and_tells_the_step(
+    tmp_path: Path, examples: Examples, where: str, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong first in the second epoch's third step, batches of 20, 8 an epoch."""
+    settings = {"batch_size": 20, "log_every": 100, "checkpoint_seconds": 0.0 if before else 1e9}
+    trainer = make_trainer(tmp_path, examples, epochs=3, **settings)
+    seen: list[np.ndarray] = []
+    loss, batch, measure = (
+        getattr(trainer.run.task, name) for name in ("loss", "batch", "measure")
+    )
+
+    def watched(run, examples, indices, stream):
+        seen.append(indices)
+        return batch(run, examples, indices, stream)
+
+    def broken(run, model, *given, **more):
+        summed, right = loss(run, model, *given, **more)
+        return (summed * float("nan") if len(seen) == at + 1 else summed), right
+
+    at = 10 if before else 2  # the number of the step that breaks, from 0
+    monkeypatch.setattr(trainer.run.task, "batch", watched)
+    if where == "loss":
+        monkeypatch.setattr(trainer.run.task, "loss", broken)
+    if where == "validation":
+        at = 15 if before else 7
+
+        def unmeasurable(run, model, examples):
+            if len(seen) == at + 1:
+                torch.nn.init.constant_(model.head.classify.bias, 3e38)
+                with torch.no_grad():
+                    model.head.classify.bias *= 10
+            return measure(run, model, examples)
+
+        monkeypatch.setattr(trainer.run.task, "measure", unmeasurable)
+
+    def on_batch(progress: Progress, samples: int) -> None:
+        if len(seen) != at + 1:
+            return
+        weight = trainer.model.norm.weight
+        if where == "weight":
+            torch.nn.init.constant_(weight, float("inf"))
+        if where == "optimiser":
+            trainer.optimizer.state[weight]["exp_avg"].fill_(float("nan"))
+
+    with pytest.raises(DivergedError, match="lower --lr") as raised:
+        trainer.fit(on_batch)
+    epoch, step = divmod(at, 8)
+    if where in ("loss", "validation") or before:
+        assert f"first in epoch {epoch + 1}, step {at + 1};" in str(raised.value)
+        found = json.loads(trainer.folder.diverged.read_text())
+        assert found["texts"] == seen[at].tolist()
+        assert (found["epoch"], found["batch"], found["step"]) == (epoch + 1, step + 1, at)
+        assert found["forward_seeds"] == [forward_seed(0, at)]
+    last = trainer.folder.last
+    if before:
+        assert str(last) in str(raised.value)
+        again = make_trainer(tmp_path, examples)
+        # The epoch's last step was saved before it was measured.
+        assert again.restore() and again.progress.step == at + (where == "validation")
+        assert all(p.isfinite().all() for p in again.model.parameters())
+    else:
+        assert "no checkpoint had been written" in str(raised.value) and not last.exists()
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(
     tmp_path: Path, examples: Examples
+) -> None:
+    """An earlier version may have written one."""
+    trainer = make_trainer(tmp_path, examples, epochs=1)
+    trainer.fit()
+    state = load_state(trainer.folder.last)
+    state["model"]["norm.weight"][3] = float("nan")
+    torch.save(state, trainer.folder.last)
+    with pytest.raises(CheckpointError, match=r"not finite, in norm\.weight.*--lr"):
+        make_trainer(tmp_path, examples).restore()
+    del state["model"]["norm.weight"]
+    torch.save(state, trainer.folder.last)
+    with pytest.raises(CheckpointError, match=r"does not fit the model: lacks norm\.weight$"):
+        make_trainer(tmp_path, examples).restore()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "exp_avg of weight"),
+        (lambda s: s["optimizer"]["state"][0].update(exp_avg_sq=None), "exp_avg_sq of weight 0"),
+        (lambda s: s["optimizer"]["state"][0].update(step=torch.zeros(4)), "step of weight 0"),
+        (lambda s: s["optimizer"]["state"].update({99: {}}), "weight 99; expected"),
+        (lambda s: s["optimizer"]["param_groups"].pop(), "other groups"),
+        (lambda s: s["optimizer"]["param_groups"][0].pop("lr"), "other settings"),
+        (lambda s: s["progress"].update(step=-1), "step is -1"),
+        (lambda s: s["progress"].update(epoch="two"), "epoch is 'two'"),
+        (lambda s: s["progress"].update(poem=""), "poem"),
+        (lambda s: s.update(model=None), "NoneType"),
+        (lambda s: s.pop("scaler"), "scaler"),
+    ],
+)  # fmt: skip
+def test_a_state_of_other_shapes_is_refused(
+    tmp_path: Path, examples: Examples, change, message: str
 ) -> None:
     trainer = make_trainer(tmp_path, examples, epochs=1)
     trainer.fit()
-    sound = trainer.folder.last.read_bytes()
-    torch.nn.init.constant_(trainer.model.norm.weight, float("nan"))
-    trainer.progress.epoch = 0
-    with pytest.raises(DivergedError, match="lower --lr"):
-        trainer.fit()
-    assert trainer.folder.last.read_bytes() == sound
+    state = load_state(trainer.folder.last)
+    change(state)
+    torch.save(state, trainer.folder.last)
+    with pytest.raises(CheckpointError, match=rf"last\.ckpt does not fit this run: .*{message}"):
+        make_trainer(tmp_path, examples).restore()
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "flipped"])
+def test_damaged_metrics_are_written_anew(
+    tmp_path: Path, examples: Examples, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(tmp_path, examples, epochs=1).fit()
+    metrics, epochs = tmp_path / "metrics.jsonl", [r for r in lines(tmp_path) if "val_loss" in r]
+    content = bytearray(metrics.read_bytes())
+    content[5] ^= 1
+    if how == "gone":
+        metrics.unlink()
+    else:
+        metrics.write_bytes(bytes(content) if how == "flipped" else metrics.read_bytes()[:-9])
+    trainer = make_trainer(tmp_path, examples, epochs=2)
+    trainer.restore()
+    trainer.fit()
+    assert "was damaged" in caplog.text
+    assert lines(tmp_path)[0] == epochs[0]
+    assert [r["epoch"] for r in lines(tmp_path) if r["kind"] == "epoch"] == [1, 2]
 
 
 def test_restore_refuses_a_foreign_checkpoint(tmp_path: Path, examples: Examples) -> None:
