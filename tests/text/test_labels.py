@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+import train
+from fasttx.commands import cli
 from fasttx.config import TrainConfig
 from fasttx.errors import DataError
 from fasttx.text import splits as data
@@ -310,3 +312,26 @@ def test_training_records_its_numbers(tmp_path: Path) -> None:
     imdb = load_path(tmp_path / "imdb")
     assert imdb.label_names == ["negative", "positive"] and imdb.label_numbers == [0, 1]
     assert "labels: 0 is 'negative', 1 is 'positive', as IMDB numbers them" in imdb.notes
+
+
+def test_a_run_knows_the_names_of_its_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other names for the same numbers are another dataset, though its fingerprint is the same."""
+    tiny = (
+        "--epochs 1 --batch-size 16 --vocab-size 60 --d-model 16 --num-heads 2 --num-layers 1 "
+        "--d-ff 16 --max-len 16 --attn-backend reference --device cpu"
+    )
+    rows = [(f"t{i}", "bad good".split()[i % 2]) for i in range(60)]
+    path, out = write(tmp_path / "a.csv", rows), tmp_path / "run"
+    assert train.main(["--dataset", str(path), *tiny.split(), "--out", str(out)]) == 0
+    assert cli.main(["evaluate", str(out)]) == 0
+    write(path, [(text, {"bad": "fine", "good": "poor"}[label]) for text, label in rows])
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out)]) == 2
+    assert "was made with the classes bad, good; " in (said := capsys.readouterr().err)
+    assert "now calls them fine, poor. Bring the names back" in said
+    # Its numbers are recorded nowhere, for they were words.
+    numbers = write(tmp_path / "b.csv", [("x", 0), ("y", 1)])
+    assert cli.main(["evaluate", str(out), "--dataset", str(numbers)]) == 2
+    assert "which number stands for which class is not known" in capsys.readouterr().err
