@@ -213,6 +213,8 @@ def test_sheets_that_were_wider_or_longer(tmp_path: Path) -> None:
     split = load_for_evaluation(path, ["a", "b"])
     assert split.texts == [f"t{i}" for i in range(21)]
     assert f"{path}: rows left out, for all their cells are empty: 2" in split.notes
+    path.write_bytes(b"sep=,\r\ntext,label\r\nso,a\r\n\r\n,b\r\nwell,\r\n")
+    assert "line 6: the label (column 'label') is missing" in refusal(path)
     path.write_bytes(f"text,label,,\r\n{body}well, yes,a,\r\n".encode())
     assert "line 22: 4 fields, and the header has 2" in refusal(path)
 
