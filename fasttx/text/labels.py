@@ -69,7 +69,7 @@ def numbered(rows: Mapping[str, Rows], name: str) -> Numbered:
 
 
 def numbered_as_saved(
-    rows: Rows, label_names: Sequence[str], label_numbers: Sequence[int] | None
+    rows: Rows, label_names: Sequence[str], label_numbers: Sequence[int] | None = None
 ) -> tuple[np.ndarray, list[str]]:
     """(n,) int64, labels as class numbers of a saved model; and lines to show.
 
