@@ -14,6 +14,7 @@ import argparse
 import builtins
 import contextlib
 import errno
+import importlib
 import json
 import os
 import random
@@ -31,6 +32,7 @@ import fasttx
 import train
 from fasttx.commands import cli
 from fasttx.errors import FasttxError
+from fasttx.tasks import TASKS
 from fasttx.training.checkpoint import load_state
 from fasttx.training.folder import RunFolder
 
@@ -297,6 +299,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    # What a training imports when it begins: else each of the processes takes seconds for it.
+    for name in ("torch._dynamo", *(entry.module for entry in TASKS.values())):
+        importlib.import_module(name)
     start, failures = time.perf_counter(), 0
     for line in FAULTS[args.fault](args.count, args.seed):
         failures += 1

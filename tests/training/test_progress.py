@@ -17,8 +17,8 @@ log = logging.getLogger("fasttx")
 
 def test_lines_cannot_steer_a_terminal(tmp_path: Path, capsys) -> None:
     with log_file(tmp_path / "train.log"), console():
-        log.info("3 \x1b[2J, 4 \u202e\ud800\nnaïve")
-    expected = "3 \\x1b[2J, 4 \\u202e\\ud800\nnaïve\n"
+        log.info("3 \x1b[2J, 4 \u202e\nnaïve")
+    expected = "3 \\x1b[2J, 4 \\u202e\nnaïve\n"
     assert capsys.readouterr().out == expected
     assert (tmp_path / "train.log").read_text(encoding="utf-8").endswith(expected)
 
