@@ -27,6 +27,7 @@ from fasttx.models import bag_of_words
 from fasttx.models.pool import Pool
 from fasttx.tasks import read_config
 from fasttx.text import splits as data
+from fasttx.text.duplicates import overlap_warning
 from fasttx.text.reading import mean_of_windows
 from fasttx.training import run as runs
 from fasttx.training.checkpoint import RunConfig
@@ -231,6 +232,8 @@ def _pooled(args: argparse.Namespace, folder: RunFolder | None) -> dict[str, Any
             for note in notes:
                 log.info("%s", note)
         pool, answers, results = _measure(members, dataset)
+        if warning := overlap_warning(run.dataset):
+            log.info("%s", warning)
         measured = format_metrics(answers.metrics, dataset.label_names)
         log.info("\n%s\n\non the test split:\n%s\n", _table(results), measured)
         if folder is not None:

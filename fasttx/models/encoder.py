@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
-from fasttx.models.layers import add_norm, linear, product_and_bias
+from fasttx.models.layers import add, add_norm, linear, product_and_bias
 from fasttx.models.module import Model
 from fasttx.ops import registry
 from fasttx.ops.arguments import check_integers, kind
@@ -28,10 +28,11 @@ def sinusoidal_positions(max_len: int, d_model: int, dtype: torch.dtype | None =
     In torch's default dtype, unless one is given. On the CPU, whatever the default device is: that
     may be one without values or without float64.
     """
-    wide = {"dtype": torch.float64, "device": "cpu"}
-    position = torch.arange(max_len, **wide)[:, None]
-    rate = torch.exp(torch.arange(0, d_model, 2, **wide) * (-math.log(1e4) / d_model))
-    table = torch.empty(max_len, d_model, **wide)
+    with torch.device("cpu"):
+        position = torch.arange(max_len, dtype=torch.float64)[:, None]
+        column = torch.arange(0, d_model, 2, dtype=torch.float64)
+        table = torch.empty(max_len, d_model, dtype=torch.float64)
+    rate = torch.exp(column * (-math.log(1e4) / d_model))
     table[:, 0::2] = torch.sin(position * rate)
     table[:, 1::2] = torch.cos(position * rate)
     return table.to(dtype or torch.get_default_dtype())
@@ -40,6 +41,8 @@ def sinusoidal_positions(max_len: int, d_model: int, dtype: torch.dtype | None =
 class EncoderBlock(nn.Module):
     """One pre-norm block. It takes and hands on (h, n): the residual stream, and its LayerNorm by
     the norm of whoever comes next, since a fused residual + norm crosses the blocks' border.
+    Without a next norm n is None, and the next block calls its own: one that is wrapped (by FSDP,
+    by activation checkpointing) has its weights there, in its own call, and nowhere else.
     """
 
     SITES = 4  # dropout sites: attention, after attention, inside the MLP, after the MLP
@@ -62,17 +65,19 @@ class EncoderBlock(nn.Module):
 
     def project(self, n: Tensor, ops: Operations) -> Tensor:
         """(T, d) -> packed queries, keys and values (T, 3, H, D)."""
-        return linear(ops, self.qkv, n).view(len(n), 3, self.num_heads, self.head_dim)
+        return linear(ops, self.qkv, n).view(n.shape[0], 3, self.num_heads, self.head_dim)
 
     def forward(
         self,
         h: Tensor,
-        n: Tensor,
-        next_norm: nn.Module,
+        n: Tensor | None,
+        next_norm: nn.Module | None,
         ops: Operations,
         spans: Spans,
         dropouts: Sequence[Dropout],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
+        if n is None:
+            n = self.norm1(h)
         at_attention, after_attention, in_mlp, after_mlp = dropouts
         mixed = ops.attention(self.project(n, ops), spans, at_attention)
         y, bias = product_and_bias(ops, self.out, mixed.flatten(1))
@@ -80,6 +85,8 @@ class EncoderBlock(nn.Module):
         u, bias = product_and_bias(ops, self.up, n)
         u = ops.bias_act(u, bias, in_mlp, self.activation)
         y, bias = product_and_bias(ops, self.down, u)
+        if next_norm is None:
+            return add(ops, h, y, bias, after_mlp), None
         return add_norm(ops, h, y, bias, next_norm, after_mlp)
 
     def dropouts(self, seeds: Sequence[Tensor]) -> tuple[Dropout, ...]:
@@ -152,7 +159,8 @@ class Encoder(Model):
         held = self.positions
         if held.is_meta:
             return
-        table = sinusoidal_positions(*held.shape, dtype=self._table_dtype)
+        c = self.config
+        table = sinusoidal_positions(c.max_len, c.d_model, self._table_dtype)
         if held.is_inference() and not torch.is_inference_mode_enabled():
             self.positions = table.to(held.device, held.dtype)  # it takes no values any more
         else:
@@ -224,27 +232,32 @@ class Encoder(Model):
         check_cu_seqlens(cu_seqlens)
         if max_seqlen is None:
             max_seqlen = self._longest(cu_seqlens)
-        spans = Spans.from_cu_seqlens(cu_seqlens, max_seqlen, len(input_ids))
+        spans = Spans.from_cu_seqlens(cu_seqlens, max_seqlen, input_ids.shape[0])
         if max_seqlen > self.config.max_len:
             raise ValueError(
                 f"max_seqlen allows for {max_seqlen} tokens; expected at most max_len = "
                 f"{self.config.max_len}. Truncate the texts, or build a model with a larger max_len"
             )
         if position_ids is None:
-            position_ids = positions(cu_seqlens, len(input_ids))
+            position_ids = positions(cu_seqlens, input_ids.shape[0])
         check_integers("position_ids", position_ids)
 
         at_embedding, *in_blocks, at_head = self._dropouts(seed)
         ops, scale = self._ops, math.sqrt(self.config.d_model)
         h = ops.embed(input_ids, position_ids, self.embedding, self.positions, at_embedding, scale)
-        norms = [*(block.norm1 for block in self.blocks), self.norm]
-        n = norms[0](h)
+        norms: list[nn.Module | None] = [
+            block.norm1 if type(block) is EncoderBlock else None for block in self.blocks
+        ]
+        norms.append(self.norm)
+        n: Tensor | None = None if norms[0] is None else norms[0](h)
         weights = []
         for i, block in enumerate(self.blocks):
             if return_attention:
-                weights.append(_weights(block.project(n, ops), spans))
+                seen = block.norm1(h) if n is None else n
+                weights.append(_weights(block.project(seen, ops), spans))
             sites = in_blocks[EncoderBlock.SITES * i : EncoderBlock.SITES * (i + 1)]
             h, n = block(h, n, norms[i + 1], ops, spans, sites)
+        assert n is not None  # by `self.norm`
         return Encoded(n, cu_seqlens, max_seqlen, at_head, tuple(weights))
 
     def _unpad(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,11 @@ def add_norm(
     """h' = h + dropout(y + bias), and norm(h'); (T, d) each."""
     if is_layer_norm(norm) and norm.elementwise_affine and norm.bias is not None:
         return ops.add_norm(h, y, bias, norm.weight, norm.bias, dropout, norm.eps)
-    ones, zeros = h.new_ones(h.shape[-1]), h.new_zeros(h.shape[-1])
-    h, _ = ops.add_norm(h, y, bias, ones, zeros, dropout)
+    h = add(ops, h, y, bias, dropout)
     return h, norm(h)
+
+
+def add(ops: Operations, h: Tensor, y: Tensor, bias: Tensor, dropout: Dropout) -> Tensor:
+    """h + dropout(y + bias)."""
+    ones, zeros = h.new_ones(h.shape[-1]), h.new_zeros(h.shape[-1])
+    return ops.add_norm(h, y, bias, ones, zeros, dropout)[0]

@@ -30,8 +30,8 @@ def mean_pool(n: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> T
     cu_seqlens (B + 1,) int32, max_seqlen any upper bound on the lengths. Derivatives of every order
     and in forward mode. Raises TypeError and ValueError as `Spans.from_cu_seqlens`.
     """
-    longest = len(n) if max_seqlen is None else max_seqlen
-    Spans.from_cu_seqlens(cu_seqlens, longest, len(n))
+    longest = n.shape[0] if max_seqlen is None else max_seqlen
+    Spans.from_cu_seqlens(cu_seqlens, longest, n.shape[0])
     return pool(n, cu_seqlens, longest)
 
 
@@ -42,7 +42,7 @@ def pool(n: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         lens = cu_seqlens.diff().clamp(min=1)[:, None].to(wide.dtype)
         if torch.compiler.is_compiling():
             sums = _CompiledSum.apply(wide, cu_seqlens, max_seqlen)
-        elif torch.jit.is_tracing():  # which saves no function of Python
+        elif torch._C._get_tracing_state() is not None:  # which saves no function of Python
             sums = _sum(wide, cu_seqlens, max_seqlen)
         else:
             sums = _Sum.apply(wide, cu_seqlens, max_seqlen)
@@ -52,7 +52,7 @@ def pool(n: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
 def _sum(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """The sum over the rows of each text: (T, d) -> (B, d)."""
     if x.device.type in ("cpu", "cuda", "meta"):
-        rows = torch.arange(len(x), dtype=cu_seqlens.dtype, device=x.device)
+        rows = torch.arange(x.shape[0], dtype=cu_seqlens.dtype, device=x.device)
         # One bag more than texts, for the dead tail.
         return F.embedding_bag(rows, x, cu_seqlens, mode="sum")[:-1]
     return _gathered_sum(x, cu_seqlens, max_seqlen)
@@ -68,14 +68,15 @@ def _gathered_sum(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         total = x.new_zeros(len(starts[texts]), x.shape[1])
         for position in range(0, max_seqlen, POSITIONS):
             row = starts[texts] + torch.arange(position, position + POSITIONS, device=x.device)
-            total = total + padded[torch.where(row < ends[texts], row, len(x))].sum(1)
+            total = total + padded[torch.where(row < ends[texts], row, x.shape[0])].sum(1)
         sums.append(total)
     return torch.cat(sums)
 
 
 def _spread(x: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     """Each text's row to all of its rows: (B, d) -> (T, d), 0 in the dead tail. The transpose."""
-    return torch.cat([x, x.new_zeros(1, x.shape[1])])[sequence_ids(cu_seqlens, rows)]
+    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    return padded.index_select(0, sequence_ids(cu_seqlens, rows))
 
 
 class _Sum(torch.autograd.Function):
@@ -88,7 +89,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, cu_seqlens, ctx.max_seqlen = inputs
-        ctx.rows = len(x)
+        ctx.rows = x.shape[0]
         ctx.save_for_backward(cu_seqlens)
         ctx.save_for_forward(cu_seqlens)
 
@@ -152,9 +153,10 @@ class _CompiledSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
-        ctx.rows = len(x)
+        ctx.rows = x.shape[0]
         return _sum(x, cu_seqlens, max_seqlen)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _spread(grad, *ctx.saved_tensors, ctx.rows), None, None
+        (cu_seqlens,) = ctx.saved_tensors
+        return _spread(grad, cu_seqlens, ctx.rows), None, None

@@ -51,7 +51,7 @@ def row_numbers(name: str, x: Tensor, rows: int, of: str) -> Tensor:
     return x if x.dtype in ROW_NUMBERS else x.long()
 
 
-def real_tokens(mask: Tensor, shape: tuple[int, ...], *, wait: bool = False) -> Tensor:
+def real_tokens(mask: Any, shape: tuple[int, ...], *, wait: bool = False) -> Tensor:
     """An attention_mask of bool or 0/1 as bool, True where a token is real (not padding).
 
     Raises TypeError, and ValueError for another shape; for values other than 0 and 1, such as those
@@ -66,7 +66,7 @@ def real_tokens(mask: Tensor, shape: tuple[int, ...], *, wait: bool = False) -> 
         )
     if mask.dtype == torch.bool:
         return mask
-    real = mask.bool()
+    real: Tensor = mask.bool()
     if (wait or readable(mask)) and not (right := mask == real).all():
         raise ValueError(
             f"attention_mask holds {mask[~right][0].item()}; expected bool, or 0 (padding) and 1 "

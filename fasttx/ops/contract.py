@@ -67,7 +67,8 @@ class Spans(NamedTuple):
 def check_spans(spans: Spans, rows: int, values: bool = True) -> None:
     """As `Spans.of` checks; without the values where a kernel looks at them itself."""
     starts, lens, max_seqlen = spans
-    for name, x in (("seq_starts", starts), ("seq_lens", lens)):
+    given: tuple[tuple[str, Any], ...] = (("seq_starts", starts), ("seq_lens", lens))
+    for name, x in given:
         if not isinstance(x, Tensor) or x.dtype not in ROW_NUMBERS or x.dim() != 1:
             raise TypeError(f"{name} is {kind(x)}; expected int32 (B,), the same B for both")
     if starts.shape != lens.shape:
@@ -86,7 +87,7 @@ def check_spans(spans: Spans, rows: int, values: bool = True) -> None:
         _check_values(starts, lens, max_seqlen, rows)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Any) -> None:
     """Raises TypeError for what is not (B + 1,) int32 or int64; `Spans` checks the values."""
     is_wrong = not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in ROW_NUMBERS
     if is_wrong or cu_seqlens.dim() != 1 or not len(cu_seqlens):
@@ -147,7 +148,7 @@ class Operations(ABC):
         if qkv.dim() != 4 or qkv.shape[1] != 3:
             raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (T, 3, H, D)")
         check_floats("qkv", qkv)
-        how = self._how(spans, dropout, causal, scale, len(qkv), qkv.shape[-1])
+        how = self._how(spans, dropout, causal, scale, qkv.shape[0], qkv.shape[-1])
         _check_site(dropout, qkv, spans.starts, spans.lens)
         return self._attend_packed(qkv, how)
 
@@ -160,7 +161,7 @@ class Operations(ABC):
             shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
             raise ValueError(f"q, k, v have shapes {shapes}; expected three equal (T, H, D)")
         check_floats("q, k, v", q, k, v)
-        how = self._how(spans, dropout, causal, scale, len(q), q.shape[-1])
+        how = self._how(spans, dropout, causal, scale, q.shape[0], q.shape[-1])
         _check_site(dropout, q, k, v, spans.starts, spans.lens)
         return self._attend(q, k, v, how)
 

@@ -112,6 +112,30 @@ class Launchers:
     checks_spans: bool = False
 
 
+class _NoForwardMode:
+    """A library whose operators refuse derivatives in forward mode.
+
+    torch would take what they return for constants: the derivative would come out as 0.
+    """
+
+    def __init__(self, library: torch.library.Library, backend: str) -> None:
+        self._library, self._backend = library, backend
+
+    def impl(self, name: str, kernel: Callable[..., Any], key: str, **options: Any) -> None:
+        def refusing(keyset: Any, *args: Any, **keywords: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(
+                isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+                for x in args
+            ):
+                raise NotImplementedError(
+                    f"the {self._backend} backend has no forward-mode derivatives "
+                    "(torch.func.jvp, torch.autograd.forward_ad); use attn_backend='reference'"
+                )
+            return kernel(keyset, *args, **keywords)
+
+        self._library.impl(name, refusing, key, **options)
+
+
 _DROPOUT = "int threshold, Tensor? seed"
 _ATTENTION = f"Tensor starts, Tensor lens, SymInt max_seqlen, {_DROPOUT}, bool causal, float scale"
 
@@ -142,10 +166,11 @@ class FusedOperations(Operations):
     def _derive(self, name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
         """The derivative of operator `name`, which calls the operator `name`_backward."""
         space = f"{self._library.ns}::{name}"
-        torch.library.register_autograd(space, backward, setup_context=save, lib=self._library)
+        library: Any = _NoForwardMode(self._library, self._name)
+        torch.library.register_autograd(space, backward, setup_context=save, lib=library)
         # Without this torch only warns, and leaves the missing terms out of a second derivative.
         torch.library.register_autograd(
-            f"{space}_backward", self._no_second_derivative, lib=self._library
+            f"{space}_backward", self._no_second_derivative, lib=library
         )
 
     def _no_second_derivative(self, ctx: Any, *gradients: Tensor | None) -> None:
@@ -302,7 +327,7 @@ class FusedOperations(Operations):
             """total, normed, moments; of contiguous h and y."""
             wide = torch.promote_types(h.dtype, y.dtype)
             total = torch.empty_like(h if h.dtype == wide else y)
-            return total, torch.empty_like(y), h.new_empty((2, len(h)), dtype=torch.float32)
+            return total, torch.empty_like(y), h.new_empty((2, h.shape[0]), dtype=torch.float32)
 
         def forward(h: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             h, y = h.contiguous(), y.contiguous()
@@ -429,12 +454,10 @@ class FusedOperations(Operations):
     # --- what a model calls -----------------------------------------------------------------------
 
     def _attend_packed(self, qkv: Tensor, how: Attend) -> Tensor:
-        self._refuse_forward_mode(qkv)
         out, _ = self._attention_operator(self._stored(qkv), *_flat(how))
         return out.to(qkv.dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attend) -> Tensor:
-        self._refuse_forward_mode(q, k, v)
         same = q.dtype == k.dtype == v.dtype
         stored = (self._stored(x) if same else x.float() for x in (q, k, v))
         out, _ = self._attention_qkv_operator(*stored, *_flat(how))
@@ -444,7 +467,6 @@ class FusedOperations(Operations):
         self, ids: Tensor, position_ids: Tensor, table: Tensor, positions: Tensor, dropout: Dropout,
         scale: float,
     ) -> Tensor:  # fmt: skip
-        self._refuse_forward_mode(table)
         tables = self._streamed(table), self._streamed(positions)
         t, seed, _ = dropout
         h = self._embed_operator(ids, position_ids, *tables, t, seed, scale)
@@ -454,7 +476,6 @@ class FusedOperations(Operations):
         self, h: Tensor, y: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, dropout: Dropout,
         eps: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        self._refuse_forward_mode(h, y, bias, gamma, beta)
         vectors = (self._streamed(x) for x in (bias, gamma, beta))
         t, seed, _ = dropout
         total, normed, _ = self._add_norm_operator(
@@ -463,7 +484,6 @@ class FusedOperations(Operations):
         return total.to(torch.promote_types(h.dtype, y.dtype)), normed.to(y.dtype)
 
     def _bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
-        self._refuse_forward_mode(u, bias)
         t, seed, _ = dropout
         gelu = activation == "gelu"
         out = self._bias_act_operator(self._stored(u), self._streamed(bias), t, seed, gelu)
@@ -476,16 +496,6 @@ class FusedOperations(Operations):
 
     def _streamed(self, x: Tensor) -> Tensor:
         return x if x.dtype in self._launch.stream else x.float()
-
-    def _refuse_forward_mode(self, *tensors: Tensor) -> None:
-        """torch would take the result for a constant: its derivative would come out as 0."""
-        if forward_ad._current_level < 0 or torch.compiler.is_compiling():
-            return
-        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            raise NotImplementedError(
-                f"the {self._name} backend has no forward-mode derivatives (torch.func.jvp, "
-                "torch.autograd.forward_ad); use attn_backend='reference'"
-            )
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def attention_weights(q: Tensor, k: Tensor, seq_lens: Tensor, causal: bool, scal
 
 class ReferenceOperations(PlainOperations):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attend) -> Tensor:
-        index = padded_rows(how.spans, len(q))
+        index = padded_rows(how.spans, q.shape[0])
         q_, k_, v_ = (gather_rows(x, index) for x in (q, k, v))
         weights = attention_weights(q_, k_, how.spans.lens, how.causal, how.scale)
         if t := how.dropout.threshold:
@@ -38,7 +38,7 @@ class ReferenceOperations(PlainOperations):
             weights = torch.where(keep, weights * keep_scale(t), 0.0)
         with torch.autocast(q.device.type, enabled=False):
             out = (weights @ v_.to(weights.dtype)).to(q.dtype)
-        return scatter_rows(out, index, len(q))
+        return scatter_rows(out, index, q.shape[0])
 
 
 class Reference(Adapter):

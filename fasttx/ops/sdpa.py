@@ -102,10 +102,17 @@ class SdpaOperations(PlainOperations):
         return _one_by_one(qkv, how) if _by_hand(qkv) else _padded(qkv, how)
 
 
+def _above_0(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a scale above 0: torch multiplies the -inf of a mask by it too."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
+
+
 def _one_by_one(qkv: Tensor, how: Attend) -> Tensor:
     """No padded FLOPs, and one sequence's weights fit the cache; sizes are free to read here."""
     starts, lens = how.spans.starts.tolist(), how.spans.lens.tolist()
-    p, causal, scale = how.dropout.p, how.causal, how.scale
+    p, causal = how.dropout.p, how.causal
     live = sorted((s, n) for s, n in zip(starts, lens, strict=True) if n)
     if not live:  # all zeros, but still in the graph: DDP waits for every parameter's gradient
         return qkv[:, 0].masked_fill(torch.ones((), dtype=torch.bool), 0.0)
@@ -120,6 +127,7 @@ def _one_by_one(qkv: Tensor, how: Attend) -> Tensor:
             out.append(piece.new_zeros(piece.shape[0], *piece.shape[2:]))
             continue
         q, k, v = piece.permute(1, 2, 0, 3).unsqueeze(1)
+        q, scale = _above_0(q, how.scale)
         o = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal, scale=scale)
         out.append(o[0].transpose(0, 1))
     return torch.cat(out)
@@ -127,8 +135,8 @@ def _one_by_one(qkv: Tensor, how: Attend) -> Tensor:
 
 def _padded(qkv: Tensor, how: Attend) -> Tensor:
     """No size is read from the device: padded to max_seqlen, with a key mask."""
-    spans, p, scale = how.spans, how.dropout.p, how.scale
-    index = padded_rows(spans, len(qkv))
+    spans, p = how.spans, how.dropout.p
+    index = padded_rows(spans, qkv.shape[0])
     q, k, v = (gather_rows(x, index) for x in qkv.unbind(1))
     position = torch.arange(spans.max_seqlen, device=qkv.device)
     lens = spans.lens[:, None]
@@ -136,8 +144,9 @@ def _padded(qkv: Tensor, how: Attend) -> Tensor:
     mask = ((position < lens) | (lens == 0))[:, None, None, :]
     if how.causal:
         mask = mask & (position <= position[:, None])
+    q, scale = _above_0(q, how.scale)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
-    return scatter_rows(out, index, len(qkv))
+    return scatter_rows(out, index, qkv.shape[0])
 
 
 class Sdpa(Adapter):

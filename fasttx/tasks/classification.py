@@ -48,6 +48,7 @@ class Classification(EncoderTask):
         if config.pseudo_labels is not None:
             texts, labels = more = _pseudo_labelled(config, dataset)
             described["pseudo_labels"] = {"texts": len(texts), "fingerprint": labels.fingerprint}
+            described["duplicates"] = dataset.count_duplicates(unlabelled=texts)
         return TaskData(
             dataset.train.texts,
             tuple(dataset.label_names),

@@ -14,7 +14,7 @@ from typing import Any
 
 from fasttx.errors import DataError
 from fasttx.text import demo
-from fasttx.text.disk import is_file, located
+from fasttx.text.disk import is_file, located, reason
 from fasttx.text.folders import SPLITS, UNLABELLED_SPLITS, Corpus, folder_corpus, name_of
 from fasttx.text.tables import Rows, Table, some, table_rows, table_texts
 from fasttx.text.textfiles import KINDS, file_rows, kind_of, needs
@@ -185,7 +185,7 @@ def _saved_splits(folder: Path) -> dict[str, Any]:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # a damaged folder raises many kinds
         raise DataError(
-            f"{folder} cannot be read as a folder of datasets' save_to_disk: {error}"
+            f"{folder} cannot be read as a folder of datasets' save_to_disk: {reason(error)}"
         ) from error
     return dict(found) if isinstance(found, dict) else {"train": found}
 
@@ -228,7 +228,7 @@ def _dataset_table(dataset: Any, where: str) -> Table:
             values: list[Any] = dataset.select_columns([column]).with_format(None)[:][column]
         except Exception as error:  # a damaged folder raises many kinds
             raise DataError(
-                f"{where} cannot be read ({error}); is it complete? Save it anew with save_to_disk"
+                f"{where} cannot be read ({reason(error)}); is it complete? Save it anew"
             ) from error
         return values
 

@@ -28,6 +28,9 @@ def _csv_rows(text: str, delimiter: str, quotes: bool = True) -> Iterator[tuple[
 def csv_table(path: Path, delimiter: str = ",") -> Table:
     """Raises DataError."""
     text, tabs = file_text(path), delimiter == "\t"
+    first, _, rest = text.partition("\n")
+    if first.strip(' \r"').lower() == f"sep={delimiter}":  # for Excel
+        text = f"\n{rest}"
     _check_delimiter(path, text.lstrip("\r\n").partition("\n")[0], delimiter)
     # The csv module of Python 3.10 refuses zeros: they are taken out while it reads.
     unused = (c for c in map(chr, range(0xE000, 0xF900)) if c not in text)

@@ -33,7 +33,9 @@ _NO_LETTERS = bytes(b for b in range(256) if b > 127 or not chr(b).isalpha())
 
 
 def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    """What an exception says, in one line."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(said).split())
 
 
 def located(path: str | Path) -> Path | None:

@@ -149,7 +149,7 @@ def name_of(folder: Path) -> str:
 def _datasets_below(folder: Path, depth: int) -> list[Path]:
     found = []
     for path in listed(folder)[0]:
-        if path.name.lower() not in SPLITS and is_folder(path) and not path.is_symlink():
+        if path.name.lower() not in SPLITS and is_folder(path):
             if _look(path):
                 found.append(path)
             elif depth > 1:

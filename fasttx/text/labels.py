@@ -69,7 +69,7 @@ def numbered(rows: Mapping[str, Rows], name: str) -> Numbered:
 
 
 def numbered_as_saved(
-    rows: Rows, label_names: Sequence[str], label_numbers: Sequence[int] | None
+    rows: Rows, label_names: Sequence[str], label_numbers: Sequence[int] | None = None
 ) -> tuple[np.ndarray, list[str]]:
     """(n,) int64, labels as class numbers of a saved model; and lines to show.
 
@@ -131,27 +131,27 @@ def _of_one_type(parts: Sequence[Rows]) -> list[Label]:
     labels = [label for r in parts for label in r.labels]
     if all(isinstance(label, int) for label in labels):
         return labels
-    _check_alike(parts)
+    _check_alike([(r.where, sorted(set(r.labels), key=repr)) for r in parts])
     return [str(label).strip() for label in labels]
 
 
-def _check_alike(parts: Sequence[Rows]) -> None:
-    """Raise DataError for labels that differ in case, white space or Unicode form only."""
+def _check_alike(parts: Sequence[tuple[str, Sequence[Label]]]) -> None:
+    """Raise DataError for labels that look the same. parts: where labels are, and which."""
     seen: dict[str, tuple[Label, str]] = {}
-    for r in parts:
-        for label in sorted(set(r.labels), key=repr):
+    for where, labels in parts:
+        for label in labels:
             key = _key(str(label))
             if not key:
                 raise DataError(
-                    f"{r.where} has the label {label!r}, of which nothing is to be seen; "
+                    f"{where} has the label {label!r}, of which nothing is to be seen; "
                     "expected an integer or a word"
                 )
-            first, where = seen.setdefault(key, (label, r.where))
+            first, there = seen.setdefault(key, (label, where))
             if first != label:
-                there = r.where if where == r.where else f"{where} and {r.where}"
                 raise DataError(
-                    f"{there}: the labels {first!r} and {label!r} differ only in capitals, white "
-                    "space, leading zeros or Unicode form; write each label in one way"
+                    f"{where if there == where else f'{there} and {where}'}: the labels {first!r} "
+                    f"and {label!r} differ only in capitals, white space, leading zeros, Unicode "
+                    "form or what cannot be seen; write each label in one way"
                 )
 
 
@@ -159,7 +159,8 @@ def _key(label: str) -> str:
     """Equal for labels that a reader takes for the same."""
     for _ in range(2):  # a compatibility form may have capitals, and its lower case another form
         label = unicodedata.normalize("NFKC", label).casefold()
-    label = "".join(c for c in label if unicodedata.category(c) != "Cf")  # of no width
+    label = " ".join(label.split())
+    label = "".join(c for c in label if unicodedata.category(c) not in ("Cc", "Cf"))  # no width
     label = " ".join(label.split())
     return str(int(label)) if re.fullmatch("[+-]?[0-9]{1,99}", label) else label
 
@@ -188,6 +189,7 @@ def _codes(labels: list[Label], train: Rows, name: str) -> tuple[dict[Label, int
                 f"{train.where} has the label {some(outside)}, and names for 0 to "
                 f"{len(names) - 1} (-1 stands for unlabelled). Remove or relabel those rows"
             )
+        _check_alike([(train.where, names)])
         return {number: number for number in range(len(names))}, _plain(names)
     if len(values) == len(labels) >= 10:
         raise DataError(

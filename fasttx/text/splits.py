@@ -68,11 +68,15 @@ class TextDataset:
     label_numbers: list[int] | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
-    @functools.cached_property
-    def duplicates(self) -> dict[str, duplicates.Counts]:
+    def count_duplicates(self, **more: Sequence[str]) -> dict[str, duplicates.Counts]:
         """How many texts occur twice, and in several splits: `fasttx.text.duplicates.count`."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        return duplicates.count({name: split.texts for name, split in splits.items()})
+        return duplicates.count({name: split.texts for name, split in splits.items()} | more)
+
+    @functools.cached_property
+    def duplicates(self) -> dict[str, duplicates.Counts]:
+        """`count_duplicates`, counted when first asked for."""
+        return self.count_duplicates()
 
     def describe(self) -> dict[str, Any]:
         """The description of the data in config.json and results.json."""

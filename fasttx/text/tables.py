@@ -46,8 +46,12 @@ class Rows:
 
 
 def some(values: Sequence[Any], limit: int = 10) -> str:
-    shown = ", ".join(repr(v) for v in values[:limit])
-    return shown if len(values) <= limit else f"{shown} and {len(values) - limit:,} more"
+    names = ", ".join(_cut(repr(v), 100) for v in values[:limit])
+    return names if len(values) <= limit else f"{names} and {len(values) - limit:,} more"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,32 +147,34 @@ def blank_note(texts: Sequence[str], where: str, place: Callable[[int], str]) ->
     return [f"{where}: {said}, the first in {place(blank[0])}"]
 
 
-def _label(value: Any) -> Label | None:
+def as_label(value: Any) -> Label | None:
     """A label as integer or as the word that the file has; None if it is neither."""
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, int):
         return value if abs(value) < 10**100 else None
-    if isinstance(value, (float, Decimal)):
-        return int(value) if abs(value) <= _EXACT and value == int(value) else None
+    if isinstance(value, Decimal):
+        return as_label(float(value))
+    if isinstance(value, float):
+        return int(value) if abs(value) < _EXACT and value == int(value) else None
     if not isinstance(value, str) or not value.strip():
         return None
     numeral = value.strip()
     if _INTEGER.fullmatch(numeral):
         return int(numeral)
     if _NUMERAL.fullmatch(numeral) and not _PADDED.fullmatch(numeral):
-        return _label(float(numeral))
+        return as_label(float(numeral))
     return value
 
 
-def _why_no_label(value: Any) -> str:
-    """What a value is that `_label` does not take, alike for a number and for the text of one."""
+def why_no_label(value: Any) -> str:
+    """What a value is that `as_label` does not take, alike for a number and for the text of one."""
     if isinstance(value, Decimal) or (isinstance(value, str) and value.strip()):
         value = float(value)
     if isinstance(value, float):
         if math.isnan(value):
             return "missing (nan)"
-        return f"{value:g}, which is no integer" if abs(value) <= _EXACT else f"{value:g}"
+        return f"{value:g}, which is no integer" if abs(value) < _EXACT else f"{value:g}"
     return shown(value)
 
 
@@ -177,11 +183,11 @@ def table_rows(table: Table, text_column: str | None, label_column: str | None) 
     texts = _texts(table, text)
     labels: list[Label] = []
     for row, value in enumerate(table.read(label)):
-        found = _label(value)
+        found = as_label(value)
         if found is None:
             raise DataError(
                 f"{table.where}, {table.place(row)}: the label (column {label!r}) is "
-                f"{_why_no_label(value)}; expected an integer or a word. Mend or remove that row, "
+                f"{why_no_label(value)}; expected an integer or a word. Mend or remove that row, "
                 "or name another --label-column"
             )
         labels.append(found)
@@ -194,5 +200,4 @@ def table_rows(table: Table, text_column: str | None, label_column: str | None) 
 def shown(value: Any) -> str:
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return "missing"
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    return _cut(repr(value), 60)

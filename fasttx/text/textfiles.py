@@ -14,7 +14,7 @@ from typing import Any
 
 from fasttx.errors import DataError
 from fasttx.text.csvfiles import csv_table
-from fasttx.text.disk import head_of, refuse_foreign
+from fasttx.text.disk import head_of, reason, refuse_foreign
 from fasttx.text.jsonfiles import json_table
 from fasttx.text.tables import Rows, Table, refuse_twice, table_rows, table_texts
 
@@ -31,7 +31,9 @@ def _parquet_table(path: Path) -> Table:
         raise DataError(needs("pyarrow", f"reading {path}")) from error
 
     def damaged(error: Exception) -> DataError:
-        return DataError(f"{path} cannot be read as parquet ({error}); is the file complete?")
+        return DataError(
+            f"{path} cannot be read as parquet ({reason(error)}); is the file complete?"
+        )
 
     head = head_of(path)
     if not head:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fasttx.errors import DataError
 from fasttx.text.disk import bytes_of, is_folder, listed, refuse_dangling, utf8
-from fasttx.text.tables import Label, Rows, blank_note
+from fasttx.text.tables import Label, Rows, as_label, blank_note, why_no_label
 
 UNLABELLED = "unsup"  # of the original IMDB archive
 
@@ -27,7 +28,7 @@ def tree_labels(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders of `folder` that stand for a label, those that contain texts; and what else it
     holds, but for the folder of unlabelled texts. Raises DataError."""
     counted, others = listed(folder)
-    labels = []
+    labels: list[Path] = []
     for path in counted:
         refuse_dangling(path)
         if path.name == UNLABELLED and holds_texts(path):
@@ -46,9 +47,15 @@ def tree_rows(folder: Path) -> Rows:
     labels: list[Label] = []
     notes: list[str] = []
     for label in tree_labels(folder)[0]:
+        name = as_label(label.name)
+        if name is None:
+            raise DataError(
+                f"{label}: the name of the folder is the label of its texts, and it is "
+                f"{why_no_label(label.name)}; expected an integer or a word"
+            )
         found, others = text_files(label)
         paths += found
-        labels += [label.name] * len(found)
+        labels += [name] * len(found)
         notes += ignored_note(label, others)
     texts = [utf8(path, bytes_of(path)) for path in paths]
     notes += blank_note(texts, str(folder), lambda row: str(paths[row]))

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +136,7 @@ def _go_on(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes
         device = _open_device(saved.device, config.precision, processes)
         task.backend(config, device)
         loaded = task.load(config)
-    _check_same_data(folder, saved, loaded.described["fingerprint"])
+    _check_same_data(folder, saved, loaded.described["fingerprint"], loaded.label_names)
     if loaded.described.get("pseudo_labels") != saved.dataset.get("pseudo_labels"):
         raise CheckpointError(
             f"{folder.config} was made with other pseudo-labels than {config.pseudo_labels} "
@@ -168,7 +168,7 @@ def load_dataset(folder: RunFolder, saved: RunConfig) -> data.TextDataset:
     """The very texts and labels of a run. Raises DataError, and CheckpointError for others."""
     with _as_it_was(folder):
         dataset = data.load(saved.train)
-    _check_same_data(folder, saved, dataset.fingerprint)
+    _check_same_data(folder, saved, dataset.fingerprint, dataset.label_names)
     return dataset
 
 
@@ -186,12 +186,20 @@ def _as_it_was(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _check_same_data(folder: RunFolder, saved: RunConfig, fingerprint: str) -> None:
+def _check_same_data(
+    folder: RunFolder, saved: RunConfig, fingerprint: str, label_names: Sequence[str]
+) -> None:
     expected = saved.dataset["fingerprint"]
     if fingerprint != expected:
         raise CheckpointError(
             f"{folder.config} was made with other texts or labels than {saved.train.dataset!r} now "
             f"holds (fingerprint {fingerprint[:12]}, expected {expected[:12]}). Bring the data "
+            "back, or start a new run"
+        )
+    if list(label_names) != list(saved.label_names):  # the fingerprint has their numbers only
+        raise CheckpointError(
+            f"{folder.config} was made with the classes {', '.join(saved.label_names)}; "
+            f"{saved.train.dataset!r} now calls them {', '.join(label_names)}. Bring the names "
             "back, or start a new run"
         )
 

@@ -125,8 +125,7 @@ def test_the_threads_are_torch_s_own():
         import os
         import sklearn.utils._openmp_helpers, torch
         from fasttx.ops.contract import Spans
-        from fasttx import TransformerClassifier
-from fasttx.ops.registry import BACKENDS
+        from fasttx.ops.registry import BACKENDS
         torch.set_num_threads(2)
         count = lambda: len(os.listdir("/proc/self/task"))
         at_first = count()

@@ -43,7 +43,7 @@ def spans_of(max_seqlen: int, *pairs: tuple[int, int]) -> Spans:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("length", "causal"), [(17, False), (33, True), (130, False), (130, True)])
+@pytest.mark.parametrize(("length", "causal"), [(17, False), (33, True), (130, True)])
 def test_masks_bit_for_bit(triton, length, causal, dtype):
     """Those of the forward and of the backward pass, over whole rows and in tiles."""
     heads, head_dim, dropout = 2, 128, Dropout.of(0.3, torch.tensor(SEED))
@@ -194,9 +194,9 @@ def test_a_training_step_equals_the_reference_s(triton):
 # ----------------------------------------------------------------------------------- at the edges
 
 
-@pytest.mark.parametrize("sequences", [33, 65])
-def test_more_sequences_than_a_program_looks_at_together(sequences):
+def test_more_sequences_than_a_program_looks_at_together():
     """Which rows are dead is found out from 32 sequences at a time; each has a gap behind it."""
+    sequences = 65
     lens = tuple(1 + i % 3 for i in range(sequences))
     starts = tuple(4 * i + 1 for i in range(sequences))
     rows, nan = 4 * sequences + 1, float("nan")
@@ -204,14 +204,13 @@ def test_more_sequences_than_a_program_looks_at_together(sequences):
     check(Target(BACKENDS["triton"], "cpu"), case, torch.float32, 0.1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_a_length_of_8192(triton, monkeypatch, causal, dtype):
+def test_a_length_of_8192(triton, monkeypatch, causal):
     """The tiled kernels, with tiles large enough for the interpreter to get through."""
     from fasttx.kernels.triton import tiles
 
     monkeypatch.setattr(tiles, "tile", lambda *where: tiles.Tile(1024, 512, 4, 1, whole=False))
-    length = 8192
+    length, dtype = 8192, torch.float16 if causal else torch.float32
     qkv = torch.randn(length + 2, 3, 1, 16, dtype=torch.float64).to(dtype)
     grad = torch.randn(length + 2, 1, 16, dtype=torch.float64).to(dtype)
     leaf = qkv.clone().requires_grad_()
@@ -239,6 +238,16 @@ def test_offsets_beyond_32_bits(triton):
     assert torch.equal(triton.attention(view, spans), triton.attention(qkv, spans))
 
 
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """Values are not read there, so that the kernels meet whatever is in them."""
+    from fasttx.ops import arguments, contract
+
+    for module in (arguments, contract):
+        monkeypatch.setattr(module, "readable", lambda x: False)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
 def test_a_max_seqlen_that_is_too_small_reads_and_writes_what_the_reference_does(triton):
     qkv = torch.randn(40, 3, 2, 16)
     spans = spans_of(11, (0, 20), (20, 20))
@@ -247,6 +256,7 @@ def test_a_max_seqlen_that_is_too_small_reads_and_writes_what_the_reference_does
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("as_on_a_device")
 def test_an_index_outside_its_table_is_nan(triton):
     """Never what happens to lie there; and it moves no gradient."""
     ids, positions = torch.tensor([1, -1, 5, 4, 0]), torch.tensor([0, 0, 0, 7, 6])

@@ -24,6 +24,7 @@ from fasttx.models.mean_pool import mean_pool
 from fasttx.ops import dropout, registry
 from fasttx.ops.dropout import NO_DROPOUT, Dropout
 from fasttx.ops.reference import ReferenceOperations
+from fasttx.ops.registry import BACKENDS
 from fasttx.text.packing import RaggedIds
 from tests import backends
 from tests.backends import HALVES, over_backends
@@ -605,6 +606,20 @@ def test_compiled(name, form):
         model.train()
         inputs["seed"] = seed_on("cpu")
         assert_same(compiled(**inputs), model(**inputs))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_exported(name):
+    """For any number of rows."""
+    if BACKENDS[name].unavailable_reasons("cpu", torch.float32, 8):
+        pytest.skip(f"backend {name} does not run here")
+    model = small(name).eval()
+    rows = {0: torch.export.Dim("T", min=2, max=64)}
+    shapes = {"input_ids": rows, "position_ids": rows, "cu_seqlens": None, "max_seqlen": None}
+    inputs = [{**packed(texts), "max_seqlen": 12} for texts in (TEXTS, [[3], *TEXTS[:4]])]
+    program = torch.export.export(model, (), inputs[0], dynamic_shapes=shapes, strict=False)
+    for given in inputs:
+        assert_same(program.module()(**given), model(**given))
 
 
 # ---------------------------------------------------------------------- PyTorch's own encoder

@@ -284,6 +284,30 @@ def test_a_wrapper_of_a_whole_part(backend, name):
     assert wrapper.calls == 1
 
 
+@pytest.mark.filterwarnings("ignore")  # of a process group on the CPU
+@over_backends
+def test_fully_sharded(backend, tmp_path):
+    """By FSDP: a block has its weights only while it is called, its first norm's too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    before = tiny(backend)(IDS)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model, mesh = tiny(backend), init_device_mesh("cpu", (1,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        logits = model(IDS)
+        logits.sum().backward()
+        torch.testing.assert_close(logits, before, rtol=1e-5, atol=1e-6)
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @over_layers
 @over_backends
 def test_frozen_weights(backend, name):

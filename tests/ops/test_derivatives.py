@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fasttx.models.linear_cross_entropy import linear_cross_entropy
+from fasttx.ops.fused import FusedOperations
 from fasttx.ops.registry import BACKENDS
 from fasttx.testing import AttentionCase, RowCase, dropout_of
 from tests import backends
-from tests.backends import Target, over_backends
+from tests.backends import TARGETS, Target, over_backends
 
 pytestmark = [
     *backends.POISONED,
@@ -34,6 +35,7 @@ ROWS = {
     "linear": RowCase("linear", 5, 8),
 }
 OPERATIONS = ("attention", "attention_qkv", *ROWS)
+FUSED = [target for target in TARGETS if isinstance(target.operations, FusedOperations)]
 
 
 def function_of(name: str, operations: Any, device: str) -> Function:
@@ -210,3 +212,32 @@ def test_forward_mode_inside_compiled_code(target: Target, name: str):
         return run(*inputs, *tangents)
 
     right_or_refused(compiled, ours, specified, inputs_of(name, target.device))
+
+
+@over_backends(dropout="shared")
+def test_compiled_once_and_then_called_in_forward_mode(target: Target):
+    """What was compiled without is not taken for the answer."""
+    torch._dynamo.reset()
+    inputs = inputs_of("gelu", target.device)
+    ours = function_of("gelu", target.operations, target.device)
+    compiled = torch.compile(ours, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), ours(*inputs))
+    specified = function_of("gelu", BACKENDS["reference"].operations, target.device)
+    for kind in (by_func_jvp, by_dual_level):
+        right_or_refused(kind, compiled, specified, inputs)
+
+
+@pytest.mark.parametrize("target", FUSED, ids=str)
+def test_operators_called_by_their_names(target: Target):
+    """Without the operations around them."""
+    space = getattr(torch.ops, f"fasttx_{target.operations._name}")
+    x, bias = torch.randn(5, 8, device=target.device), torch.randn(8, device=target.device)
+    calls: tuple[tuple[Function, Tensor], ...] = (
+        (lambda u: space.bias_act(u, bias, 0, None, True), x),
+        (lambda u: space.bias_act_backward(u, x, bias, None, 0, None, True)[0], x),
+        (lambda h: space.add_norm(h, x, bias, bias, bias, 0, None, 1e-5)[1], x),
+    )
+    for function, given in calls:
+        for kind in (by_func_jvp, by_dual_level, by_dual_level_under_grad, by_jacfwd):
+            with pytest.raises((NotImplementedError, RuntimeError), match="forward-mode"):
+                kind(function, (given,), (torch.ones_like(given),))

@@ -106,6 +106,8 @@ def test_a_test_split_copied_from_train(
         kept = json.loads(path.read_text(encoding="utf-8"))["dataset"]["duplicates"]
         assert kept["exact"]["train/test"] == 60 and kept["folded"]["train/test"] == 120
     assert warning in json.loads(folder.results.read_text(encoding="utf-8"))["warning"]
+    assert cli.main(["ensemble", str(out)]) == 0
+    assert warning in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     assert cli.main(["report", str(out)]) == 0
     page = (out / "report.html").read_text(encoding="utf-8")

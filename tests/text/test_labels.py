@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+import train
+from fasttx.commands import cli
 from fasttx.config import TrainConfig
 from fasttx.errors import DataError
 from fasttx.text import splits as data
@@ -79,6 +81,7 @@ ALIKE = {
     "wide letters": ("good", "\uff47ood"),
     "sharp s": ("STRASSE", "straße"),
     "no width": ("good", "go\u200bod"),
+    "the end of a file of DOS": ("good", "good\x1a"),
     "zeros in front": ("01", "1"),
 }
 
@@ -131,6 +134,14 @@ def test_folders_that_look_alike(tmp_path: Path) -> None:
     write_tree(tmp_path / "test", reviews(20, ("pos", "neg")))
     with pytest.raises(DataError, match="'Pos' and 'pos' differ only"):
         load_path(tmp_path)
+
+
+def test_folders_are_labels_as_cells_are(tmp_path: Path) -> None:
+    found = load_path(write_tree(tmp_path / "a" / "train", reviews(40, ("10", "9"))).parent)
+    assert found.label_names == ["9", "10"] and found.label_numbers == [9, 10]
+    write_tree(tmp_path / "b" / "train", reviews(40, ("3.5", "4")))
+    with pytest.raises(DataError, match=r"3.5: the name of the folder .* is 3.5, which is no int"):
+        load_path(tmp_path / "b")
 
 
 def test_a_label_that_cannot_be_seen(tmp_path: Path) -> None:
@@ -271,6 +282,12 @@ def class_labels(path: Path, names: list[str], labels: list[int], kind: str) -> 
     return str(path / "a.parquet")
 
 
+def test_names_in_the_file_that_look_alike(tmp_path: Path) -> None:
+    path = class_labels(tmp_path, ["Yes", "no", "yes"], [0, 1] * 20, "parquet")
+    with pytest.raises(DataError, match="the labels 'Yes' and 'yes' differ only"):
+        load_path(Path(path))
+
+
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 def test_names_in_the_file_are_what_counts(tmp_path: Path, kind: str) -> None:
     path = class_labels(tmp_path, ["neg", "neu", "pos"], [0, 2, 2], kind)
@@ -295,3 +312,26 @@ def test_training_records_its_numbers(tmp_path: Path) -> None:
     imdb = load_path(tmp_path / "imdb")
     assert imdb.label_names == ["negative", "positive"] and imdb.label_numbers == [0, 1]
     assert "labels: 0 is 'negative', 1 is 'positive', as IMDB numbers them" in imdb.notes
+
+
+def test_a_run_knows_the_names_of_its_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other names for the same numbers are another dataset, though its fingerprint is the same."""
+    tiny = (
+        "--epochs 1 --batch-size 16 --vocab-size 60 --d-model 16 --num-heads 2 --num-layers 1 "
+        "--d-ff 16 --max-len 16 --attn-backend reference --device cpu"
+    )
+    rows = [(f"t{i}", "bad good".split()[i % 2]) for i in range(60)]
+    path, out = write(tmp_path / "a.csv", rows), tmp_path / "run"
+    assert train.main(["--dataset", str(path), *tiny.split(), "--out", str(out)]) == 0
+    assert cli.main(["evaluate", str(out)]) == 0
+    write(path, [(text, {"bad": "fine", "good": "poor"}[label]) for text, label in rows])
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out)]) == 2
+    assert "was made with the classes bad, good; " in (said := capsys.readouterr().err)
+    assert "now calls them fine, poor. Bring the names back" in said
+    # Its numbers are recorded nowhere, for they were words.
+    numbers = write(tmp_path / "b.csv", [("x", 0), ("y", 1)])
+    assert cli.main(["evaluate", str(out), "--dataset", str(numbers)]) == 2
+    assert "which number stands for which class is not known" in capsys.readouterr().err
