@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -78,6 +79,8 @@ def exit_status(
         except KeyboardInterrupt:
             status = INTERRUPTED
             terminal.complain(f"{program}: interrupted")
+            # A second one, while Python takes itself apart, should not print a traceback.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
         except Exception as error:
             status = _told(program, error, accepts)
         with contextlib.suppress(OSError):  # half of an answer is an answer

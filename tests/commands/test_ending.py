@@ -122,6 +122,19 @@ def test_ctrl_c_is_one_line(capsys) -> None:
     assert ended(KeyboardInterrupt(), capsys) == (130, ["fasttx: interrupted"])
 
 
+def test_a_second_ctrl_c_while_python_exits() -> None:
+    code = (
+        "import atexit, os, signal, sys\nfrom fasttx.commands.ending import exit_status\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"  # the last to be called
+        "def command():\n    raise KeyboardInterrupt\n"
+        "sys.exit(exit_status('fasttx', command))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "fasttx: interrupted\n")
+
+
 def test_sigterm_ends_quietly_and_cleans_up(capsys) -> None:
     cleaned = []
 
