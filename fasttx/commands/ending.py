@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator
 
 from fasttx import terminal
-from fasttx.errors import FasttxError, Interrupted
+from fasttx.errors import BackendUnavailableError, FasttxError, Interrupted, MetalError
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
@@ -94,8 +94,10 @@ def _told(program: str, error: Exception, accepts: Collection[str]) -> int:
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):  # `fasttx predict ... | head`
         return FAILED
-    if isinstance(error, FasttxError):
-        line = str(error)
+    if isinstance(error, BackendUnavailableError | MetalError):
+        line = str(error)  # a list of reasons, one a line
+    elif isinstance(error, FasttxError):
+        line = terminal.one_line(error)  # a file's name may hold line breaks
     elif _is_out_of_memory(error):
         line = _memory_sentence(error, accepts)
     elif isinstance(error, OSError):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fasttx.commands import cli, ending
-from fasttx.errors import DataError, Interrupted
+from fasttx.errors import BackendUnavailableError, DataError, Interrupted
 from fasttx.files import write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,13 @@ def test_an_error_of_the_system_names_the_file_and_what_to_do(name: str, capsys)
     assert status == 2
     assert line.startswith(f"fasttx: error: /some/where\\x1b[2J: {os.strerror(number)}. ")
     assert line.rsplit(". ", 1)[1], "what to do"
+
+
+def test_a_name_with_line_breaks_is_one_line(capsys) -> None:
+    error = DataError("a\nb\x1b[2J\r is no folder")
+    assert ended(error, capsys) == (2, ["fasttx: error: a\\nb\\x1b[2J\\r is no folder"])
+    error = BackendUnavailableError("mps cannot run:\n  - no device")
+    assert ended(error, capsys) == (2, ["fasttx: error: mps cannot run:", "  - no device"])
 
 
 def test_errors_that_borrow_the_class_are_one_line_too(capsys) -> None:
