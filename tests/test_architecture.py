@@ -206,6 +206,26 @@ def test_only_corpora_imports_datasets():
     )
 
 
+def test_the_package_imports_what_is_asked_for():
+    code = (
+        "import sys, fasttx\n"
+        "assert 'torch' not in sys.modules and set(fasttx.__all__) <= set(dir(fasttx))\n"
+        "import fasttx.load\n"
+        "assert callable(fasttx.load) and fasttx.load.__module__ == 'fasttx.load'\n"
+        "from fasttx.load import TextClassifier\n"
+        "assert fasttx.load is sys.modules['fasttx.load'].load\n"
+        "assert fasttx.config.TrainConfig is fasttx.TrainConfig\n"
+        "from fasttx import *\n"
+        "assert TransformerClassifier is fasttx.TransformerClassifier\n"
+        "assert not hasattr(fasttx, 'nothing')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 # Run apart: refuses the named packages and notes who asked, beginning after `import {first}`.
 PROBE = """
 import sys, time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -11,7 +12,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator
 
 from fasttx import terminal
-from fasttx.errors import FasttxError, Interrupted
+from fasttx.errors import BackendUnavailableError, FasttxError, Interrupted, MetalError
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
@@ -78,6 +79,8 @@ def exit_status(
         except KeyboardInterrupt:
             status = INTERRUPTED
             terminal.complain(f"{program}: interrupted")
+            # A second one, while Python takes itself apart, should not print a traceback.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
         except Exception as error:
             status = _told(program, error, accepts)
         with contextlib.suppress(OSError):  # half of an answer is an answer
@@ -91,8 +94,10 @@ def _told(program: str, error: Exception, accepts: Collection[str]) -> int:
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):  # `fasttx predict ... | head`
         return FAILED
-    if isinstance(error, FasttxError):
-        line = str(error)
+    if isinstance(error, BackendUnavailableError | MetalError):
+        line = str(error)  # a list of reasons, one a line
+    elif isinstance(error, FasttxError):
+        line = terminal.one_line(error)  # a file's name may hold line breaks
     elif _is_out_of_memory(error):
         line = _memory_sentence(error, accepts)
     elif isinstance(error, OSError):

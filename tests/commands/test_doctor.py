@@ -107,3 +107,45 @@ def test_choices_of_mps_are_shown():
     reason = "the Metal kernels failed their check: dq is 3 off"
     found["mps"] = {"attention float32 head_dim 32": {"path": "lean", "reason": reason}}
     assert f"mps: attention float32 head_dim 32: lean ({reason})" in doctor.text(found)
+
+
+@pytest.mark.parametrize("name", ["cpu", "sdpa"])
+def test_a_backend_that_cannot_be_imported(monkeypatch, capsys, name: str) -> None:
+    """It is a row of both tables, and the others are reported all the same."""
+    load = registry.importlib.import_module
+
+    def broken(module: str) -> Any:
+        if module == BACKENDS[name].module:
+            raise OSError("a library is\x1b[2J missing")
+        return load(module)
+
+    registry._auto.cache_clear()
+    monkeypatch.setattr(registry.importlib, "import_module", broken)
+    found = doctor.examine(CPU)
+    registry._auto.cache_clear()
+    (row,) = (row for row in found["backends"] if row["backend"] == name)
+    assert row["failures"] == ["OSError: a library is\x1b[2J missing"] and not found["sound"]
+    assert len(found["backends"]) == len(BACKENDS)
+    assert "WRONG: OSError" in doctor.text(found)
+    assert cli.main(["backends", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    registry._auto.cache_clear()
+    assert "it is broken: OSError: a library is\\x1b[2J missing" in said
+
+
+def test_without_a_home_and_with_a_cache_that_is_a_file(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "cache").touch()
+    for cache in (str(tmp_path / "cache"), "~nobody/cache", ""):
+        monkeypatch.setenv("FASTTX_CACHE", cache)
+        monkeypatch.delenv("HOME", raising=False)
+        assert cli.main(["backends", "--device", "cpu"]) == 0
+        assert "auto on cpu" in capsys.readouterr().out
+    assert doctor.examine(CPU)["sound"]
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(monkeypatch, capsys) -> None:
+    rows = {"sound": True, "errors": {"out": float("nan"), "dq": float("inf")}, "n": [1.5]}
+    monkeypatch.setattr(doctor, "examine", lambda device: rows)
+    assert cli.main(["doctor", "--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"sound": True, "errors": {"out": None, "dq": None}, "n": [1.5]}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fasttx.commands import cli, ending
-from fasttx.errors import DataError, Interrupted
+from fasttx.errors import BackendUnavailableError, DataError, Interrupted
 from fasttx.files import write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +69,13 @@ def test_an_error_of_the_system_names_the_file_and_what_to_do(name: str, capsys)
     assert line.rsplit(". ", 1)[1], "what to do"
 
 
+def test_a_name_with_line_breaks_is_one_line(capsys) -> None:
+    error = DataError("a\nb\x1b[2J\r is no folder")
+    assert ended(error, capsys) == (2, ["fasttx: error: a\\nb\\x1b[2J\\r is no folder"])
+    error = BackendUnavailableError("mps cannot run:\n  - no device")
+    assert ended(error, capsys) == (2, ["fasttx: error: mps cannot run:", "  - no device"])
+
+
 def test_errors_that_borrow_the_class_are_one_line_too(capsys) -> None:
     assert ended(OSError("the hub\nis gone"), capsys) == (
         2, ["fasttx: error: OSError: the hub\\nis gone"],
@@ -120,6 +127,19 @@ def test_too_little_memory_is_one_line_with_flags_that_exist(error: Exception, c
 
 def test_ctrl_c_is_one_line(capsys) -> None:
     assert ended(KeyboardInterrupt(), capsys) == (130, ["fasttx: interrupted"])
+
+
+def test_a_second_ctrl_c_while_python_exits() -> None:
+    code = (
+        "import atexit, os, signal, sys\nfrom fasttx.commands.ending import exit_status\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"  # the last to be called
+        "def command():\n    raise KeyboardInterrupt\n"
+        "sys.exit(exit_status('fasttx', command))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "fasttx: interrupted\n")
 
 
 def test_sigterm_ends_quietly_and_cleans_up(capsys) -> None:

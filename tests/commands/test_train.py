@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -109,6 +110,16 @@ def test_run_folder(run: Path) -> None:
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [e["epoch"] for e in epochs if e["kind"] == "epoch"] == [1, 2, 3, 4]
     assert "180 bad, 180 good" in (run / "train.log").read_text()
+
+
+def test_what_is_suggested_is_right(run: Path) -> None:
+    """The text is of the validation split, and the shell takes the line as it is printed."""
+    text = results(run)["example"]
+    prediction = fasttx.load(run, device="cpu").predict([text])[0]
+    assert prediction.label == ("good" if "great" in text else "bad")
+    assert f"try: fasttx predict {run} {shlex.quote(text)}\n" in (run / "train.log").read_text()
+    dataset = json.loads((run / "config.json").read_text())["train"]["dataset"]
+    assert text in (Path(dataset) / "train.csv").read_text()
 
 
 def test_best_model_is_a_plain_state_dict(run: Path) -> None:

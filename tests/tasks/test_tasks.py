@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fasttx.config import RECIPES, ModelConfig, PretrainConfig, TrainConfig
 from fasttx.errors import CheckpointError
-from fasttx.tasks import TASKS, TaskEntry, read_config
+from fasttx.tasks import TASKS, TaskEntry, classification, read_config
 from fasttx.text import splits as data
 from fasttx.text.packing import PackedBatch, RaggedIds, pack
 from fasttx.training import run as runs
@@ -163,3 +164,37 @@ def test_a_new_task_is_one_module_and_one_line(
     assert runs.resume(task, folder, saved, Processes()) is None  # it is finished
     with pytest.raises(CheckpointError, match=r"Go on with it: count --resume \S+run"):
         read_config(folder.config, "classification")
+
+
+# --- the suggestion at the end --------------------------------------------------------------------
+
+
+class Says(nn.Module):
+    """Class 1 for words of even numbers, the surer the larger they are."""
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, **_: object) -> Tensor:
+        first = input_ids[cu_seqlens[:-1]].double()
+        return torch.stack([first, -first], 1) * (2 * (input_ids[cu_seqlens[:-1]] % 2) - 1)[:, None]
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_the_example_is_a_text_that_is_right_and_harmless(windows: bool) -> None:
+    texts = ["wrong", "it's $HOME; `x`", "esc \x1b[2J", "two\nlines", "-dash", "x" * 999, "also"]
+    ids = RaggedIds.from_lists([[9], [4], [8], [8], [8], [8], [2]])
+    labels, owner = np.array([1, 1, 1, 1, 1, 1, 1]), np.arange(7) if windows else None
+    here = torch.device("cpu")
+    config = RunConfig(TrainConfig(), "cpu", "cpu", ("a", "b"), {}, None, "classification")
+    given = Examples(ids, labels, owner)
+    task = TASKS["classification"].load()
+    run = Run(task, config, RunFolder(Path("r s")), here, Processes(), Splits(given, given), texts)
+    assert classification.example(run, Says()) == texts[1]
+    of_results = {
+        "dataset": {"name": "d", "test_samples": 1}, "test_accuracy": 1, "best_epoch": 1,
+        "val_accuracy": 1, "samples_per_second": 1, "seconds": 1, "peak_memory_mb": 1,
+        "warning": None, "example": texts[1],
+    }  # fmt: skip
+    closing = task.closing(run, of_results)
+    assert shlex.split(closing.rsplit("try: ", 1)[1]) == ["fasttx", "predict", "r s", texts[1]]
+    assert task.closing(run, of_results | {"example": None}).endswith("fasttx evaluate 'r s'")
+    nobody = Run(task, config, RunFolder(Path("r")), here, Processes(), Splits(given, given))
+    assert classification.example(nobody, Says()) is None
