@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +21,10 @@ from typing import Any, BinaryIO
 
 from fasttx.errors import InUseError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 log = logging.getLogger("fasttx")
 
@@ -173,11 +173,11 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 def _take(file: BinaryIO) -> None:
-    if fcntl is not None:
+    if sys.platform == "win32":
+        file.seek(1 << 30)  # a byte that is never written: the holder's name stays readable
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    file.seek(1 << 30)  # a byte that is never written: the holder's name stays readable
-    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
 
 
 def _is_named(file: BinaryIO, path: Path) -> bool:

@@ -207,59 +207,6 @@ def test_backends(tmp_path: Path) -> None:
     assert "auto on cpu" in shown.stdout
 
 
-def logged(folder: Path) -> int:
-    log = folder / "train.log"
-    return log.stat().st_size if log.exists() else 0
-
-
-def test_killed_at_any_moment_and_resumed(run: Path, reviews: Path, tmp_path: Path) -> None:
-    """SIGKILL again and again; the end is bit-identical to a run that nobody disturbed."""
-    folder = tmp_path / "b"
-    start = [sys.executable, str(ROOT / "train.py")]
-    arguments = [
-        "--dataset",
-        str(reviews),
-        "--out",
-        str(folder),
-        *SMALL,
-        "--checkpoint-seconds",
-        "0",
-    ]
-    delays, kills = [0.0, 0.15, 0.4, 0.7], 0
-    for delay in delays:
-        process = subprocess.Popen(
-            [*start, *arguments], cwd=tmp_path, env=environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not (folder / "config.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if kills:  # wait for it to get past its start
-            before = logged(folder)
-            while logged(folder) == before and process.poll() is None:
-                time.sleep(0.01)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        process.stderr.close()
-        arguments = ["--resume", str(folder)]
-    assert kills >= 2
-    done = train("--resume", folder, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-
-    def weights(f: Path) -> dict:
-        return torch.load(f / "best_model.pt", weights_only=True)
-
-    assert all(torch.equal(w, weights(folder)[k]) for k, w in weights(run).items())
-    mine, undisturbed = results(folder), results(run)
-    for key in undisturbed.keys() - CLOCK - {"config", "hardware"}:
-        assert mine[key] == undisturbed[key], key
-    assert not [p.name for p in folder.iterdir() if p.name.endswith(".tmp")] or kills
-
-    again = train("--resume", folder, cwd=tmp_path)
-    assert again.returncode == 0 and "finished" in again.stdout
-
-
 def test_ctrl_c_says_how_to_resume(reviews: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--dataset", str(reviews), "--out", "c", *SMALL,
