@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fasttx.ops.contract import Spans
 from fasttx.text.packing import sequence_ids
@@ -40,13 +41,37 @@ def pool(n: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     with torch.autocast(n.device.type, enabled=False):
         wide = n.to(torch.promote_types(n.dtype, torch.float32))
         lens = cu_seqlens.diff().clamp(min=1)[:, None].to(wide.dtype)
-        if torch.compiler.is_compiling():
-            sums = _CompiledSum.apply(wide, cu_seqlens, max_seqlen)
-        elif torch._C._get_tracing_state() is not None:  # which saves no function of Python
-            sums = _sum(wide, cu_seqlens, max_seqlen)
-        else:
-            sums = _Sum.apply(wide, cu_seqlens, max_seqlen)
-        return (sums / lens).to(n.dtype)
+        return (_summed(wide, cu_seqlens, max_seqlen) / lens).to(n.dtype)
+
+
+def _summed(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """`_sum` with the derivatives that the moment asks for."""
+    if torch.compiler.is_compiling():
+        return _ReverseSum.apply(x, cu_seqlens, max_seqlen)
+    if torch._C._get_tracing_state() is not None:  # torch.jit saves no function of Python
+        return _sum(x, cu_seqlens, max_seqlen)
+    if _in_torch_func():
+        return _Sum.apply(x, cu_seqlens, max_seqlen)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _ReverseSum.apply(x, cu_seqlens, max_seqlen)
+    return _sum(x, cu_seqlens, max_seqlen)
+
+
+def _spreaded(x: Tensor, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> Tensor:
+    """`_spread` likewise."""
+    if torch.compiler.is_compiling():
+        return _spread(x, cu_seqlens, rows)
+    if _in_torch_func():
+        return _Spread.apply(x, cu_seqlens, rows, max_seqlen)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _ReverseSpread.apply(x, cu_seqlens, rows, max_seqlen)
+    return _spread(x, cu_seqlens, rows)
+
+
+def _in_torch_func() -> bool:
+    """Under a transform of torch.func, or in forward mode."""
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return forward_ad._current_level >= 0 or stack is not None
 
 
 def _sum(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -147,16 +172,32 @@ def _columnwise(
     return out.unflatten(1, x.shape[1:]), 1
 
 
-class _CompiledSum(torch.autograd.Function):
-    """`_Sum` as far as torch.compile can follow: one derivative."""
+class _ReverseSum(torch.autograd.Function):
+    """`_Sum` in reverse mode only: what torch.compile can follow, and without the binding of
+    arguments that torch.func's form has at every call."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
-        ctx.rows = x.shape[0]
+        ctx.rows, ctx.max_seqlen = x.shape[0], max_seqlen
         return _sum(x, cu_seqlens, max_seqlen)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (cu_seqlens,) = ctx.saved_tensors
-        return _spread(grad, cu_seqlens, ctx.rows), None, None
+        return _spreaded(grad, cu_seqlens, ctx.rows, ctx.max_seqlen), None, None
+
+
+class _ReverseSpread(torch.autograd.Function):
+    """`_Spread` likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> Tensor:
+        ctx.save_for_backward(cu_seqlens)
+        ctx.max_seqlen = max_seqlen
+        return _spread(x, cu_seqlens, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (cu_seqlens,) = ctx.saved_tensors
+        return _summed(grad, cu_seqlens, ctx.max_seqlen), None, None, None

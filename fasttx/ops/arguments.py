@@ -84,7 +84,7 @@ def check_floats(names: str, *tensors: Tensor) -> None:
 
 def check_finite(name: str, value: float) -> None:
     """Raises TypeError for what is no number, ValueError for NaN and infinities."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (type(value) is float and math.isfinite(value)):
         return
     if not isinstance(value, int | float | torch.SymFloat):
         raise TypeError(f"{name} is {value!r}; expected a number")

@@ -78,9 +78,10 @@ def check_spans(spans: Spans, rows: int, values: bool = True) -> None:
         )
     if torch.compiler.is_compiling():
         return
-    whole = isinstance(max_seqlen, numbers.Integral | torch.SymInt)
-    if not whole or isinstance(max_seqlen, bool):
-        raise TypeError(f"max_seqlen is {max_seqlen!r}; expected an int")
+    if type(max_seqlen) is not int:
+        whole = isinstance(max_seqlen, numbers.Integral | torch.SymInt)
+        if not whole or isinstance(max_seqlen, bool):
+            raise TypeError(f"max_seqlen is {max_seqlen!r}; expected an int")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen is {max_seqlen}; expected the longest length, 0 or more")
     if values and readable(starts) and readable(lens):

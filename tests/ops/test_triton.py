@@ -111,8 +111,9 @@ def interpreted(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]
         (["ops/test_attention.py"], "triton-cpu and not test_float32", 35),
         (["ops/test_embed.py", "ops/test_add_norm.py", "ops/test_bias_act.py"], "triton-cpu", 50),
         (["ops/test_fused.py", "kernels/test_triton_interpreted.py"], "triton-cpu or triton_", 55),
+        (["models/test_isolation.py"], "triton-cpu and test_rows and 0.3 and nan", 2),
     ],
-    ids=["attention in float32", "attention otherwise", "row operations", "the rest"],
+    ids=["attention in float32", "attention otherwise", "row operations", "the rest", "isolation"],
 )
 def test_interpreted(files, chosen, least):
     """The tests of every backend over Triton's kernels, and what is particular to these."""
