@@ -200,8 +200,9 @@ class Operations(ABC):
         if h.dim() != 2 or h.shape != y.shape:
             shapes = f"{tuple(h.shape)} and {tuple(y.shape)}"
             raise ValueError(f"h and y have shapes {shapes}; expected two equal (T, d)")
-        for name, x in (("bias", bias), ("gamma", gamma), ("beta", beta)):
-            _check_vector(name, x, h.shape[1])
+        if not bias.shape == gamma.shape == beta.shape == h.shape[1:]:
+            for name, x in (("bias", bias), ("gamma", gamma), ("beta", beta)):
+                _check_vector(name, x, h.shape[1])
         check_floats("h and y", h, y)
         check_finite("eps", eps)
         _check_site(dropout, h, y, bias, gamma, beta)

@@ -17,6 +17,7 @@ from fasttx.config import TrainConfig
 from fasttx.errors import CheckpointError
 from fasttx.text.tokenizer import Tokenizer
 from fasttx.training.folder import RunFolder, digest_of, remedy, verified
+from fasttx.weights import own_names
 
 # Of config.json. Runs of the first format have no manifest.
 FORMATS = ("fasttx-run-1", "fasttx-run-2")
@@ -181,8 +182,10 @@ def load_encoder(model: nn.Module, path: Path, sha256: str | None = None) -> Non
             f"{path} is not the file that this run started from: it is gone, or was replaced or "
             "trained further. Bring it back, or start a new run"
         )
-    own = {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
-    theirs = {k: v for k, v in load_state(path).items() if not k.startswith("head.")}
+    wanted = model.state_dict()
+    own = {k: v for k, v in wanted.items() if k.startswith("head.")}
+    saved = own_names(load_state(path), wanted)
+    theirs = {k: v for k, v in saved.items() if not k.startswith("head.")}
     fit_weights(model, theirs | own, path)
 
 
@@ -190,6 +193,7 @@ def fit_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
     """The weights `state`, which `path` held, into `model`. Raises CheckpointError, changing
     nothing, for others than the model's and for numbers that are not finite."""
     wanted = model.state_dict()
+    state = own_names(state, wanted)
     problems = [f"lacks {k}" for k in wanted if k not in state]
     problems += [f"has an unknown {k}" for k in state if k not in wanted]
     problems += [
