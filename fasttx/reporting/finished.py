@@ -60,10 +60,14 @@ class FinishedRun:
         return self.config.train.batch_size * self.config.train.grad_accumulation
 
     @property
-    def steps_per_epoch(self) -> int:
+    def samples_per_epoch(self) -> int:
+        """The labelled texts, and those with pseudo-labels."""
         data = self.config.dataset
-        more = data.get("pseudo_labels", {}).get("texts", 0)
-        return -(-(int(data["train_samples"]) + more) // self.samples_per_step)
+        return int(data["train_samples"]) + int(data.get("pseudo_labels", {}).get("texts", 0))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.samples_per_epoch // self.samples_per_step)
 
 
 def open_run(path: Path, device: str = "auto") -> FinishedRun:

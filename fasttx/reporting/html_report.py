@@ -234,9 +234,7 @@ def _explainable(run: FinishedRun, lengths: np.ndarray) -> np.ndarray:
 
 def _throughput(out: Pages, run: FinishedRun) -> None:
     r = run.results
-    seconds, rates = findings.throughput(
-        run.rows, int(run.config.dataset["train_samples"]), run.samples_per_step
-    )
+    seconds, rates = findings.throughput(run.rows, run.samples_per_epoch, run.samples_per_step)
     heading = (
         f"{r['samples_per_second']:,.1f} samples/s on average; {clock(r['seconds'])} of training"
     )

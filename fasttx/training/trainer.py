@@ -25,6 +25,7 @@ from fasttx import device as devices
 from fasttx.errors import CheckpointError, DivergedError, Interrupted, NotFiniteError
 from fasttx.ops.dropout import forward_seed
 from fasttx.text.packing import PackedBatch, shuffled_batches
+from fasttx.training import divergence
 from fasttx.training.checkpoint import (
     Progress,
     fit_weights,
@@ -102,7 +103,7 @@ class Trainer:
         Raises DivergedError, writing nothing, where a loss or a weight is not finite."""
         self._read_totals()
         if bad := self._not_finite():
-            raise self._diverged(f"the numbers of {bad} are not finite", self._last_micro_step())
+            raise self._diverged(f"the numbers of {bad} are not finite")
         if self.processes.main:
             state = {
                 "model": self.model.state_dict(),
@@ -122,8 +123,6 @@ class Trainer:
             step = self.processes.least(int(self._bad_step))
             raise self._diverged(f"the loss is {loss}", step)
 
-    # --- divergence -------------------------------------------------------------------------------
-
     def _not_finite(self) -> str | None:
         """The name of a weight, or of a number the optimiser keeps for one, that is not finite."""
         numbers: dict[str, Any] = dict(self.model.state_dict())
@@ -132,43 +131,11 @@ class Trainer:
             numbers |= {f"the optimiser's {k} of {names[p]}": v for k, v in kept.items()}
         return not_finite(numbers)
 
-    def _last_micro_step(self) -> int:
-        return max(0, self.progress.micro_step - 1)
-
-    def _diverged(self, what: str, micro_step: int) -> DivergedError:
-        """The error to raise; diverged.json tells what is needed to see the step again."""
-        config = self.config
-        micro_step = min(micro_step, self._last_micro_step())
-        per_epoch = -(-len(self.run.splits.train) // config.batch_size)
-        epoch, batch = divmod(micro_step, per_epoch)
-        batches = shuffled_batches(
-            len(self.run.splits.train), config.batch_size, seed=config.seed, epoch=epoch
-        )
-        found = {
-            "what": what,
-            "epoch": epoch + 1,
-            "batch": batch + 1,
-            "micro_step": micro_step,
-            "step": epoch * -(-per_epoch // config.grad_accumulation)
-            + batch // config.grad_accumulation,
-            "seed": config.seed,
-            "forward_seeds": [
-                forward_seed(config.seed, micro_step, rank) for rank in range(self.processes.world)
-            ],
-            # Numbers of training texts, counted from 0 in the order of the training split.
-            "texts": list(batches)[batch].tolist(),
-        }
-        kept = "no checkpoint had been written before"
-        if self.folder.last.exists():
-            kept = f"{self.folder.last} holds the last state in which all numbers were finite"
-        where = ""
-        if self.processes.main:
-            with contextlib.suppress(OSError):  # a full disk should not hide why training ended
-                self.folder.write_json(self.folder.diverged, found)
-                where = f"; {self.folder.diverged} names its texts and seeds"
-        return DivergedError(
-            f"{what}, first in epoch {epoch + 1}, step {found['step'] + 1}{where}. {kept}; going "
-            f"on from there would repeat it. Start a new run with {self.run.task.tamer}"
+    def _diverged(self, what: str, micro_step: int | None = None) -> DivergedError:
+        """The error to raise. micro_step: where it began; the last one, if nothing tells."""
+        last = max(0, self.progress.micro_step - 1)
+        return divergence.recorded(
+            self.run, what, last if micro_step is None else min(micro_step, last)
         )
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -278,16 +245,16 @@ class Trainer:
         run, progress = self.run, self.progress
         self._read_totals()
         if bad := self._not_finite():
-            raise self._diverged(f"the numbers of {bad} are not finite", self._last_micro_step())
+            raise self._diverged(f"the numbers of {bad} are not finite")
         loss, correct, count, samples = progress.totals
         try:
             val_loss, val_accuracy = run.task.measure(run, self.model, run.splits.validation)
         except NotFiniteError as error:
             what = f"on the validation split, {error}"
-            raise self._diverged(what, self._last_micro_step()) from error
+            raise self._diverged(what) from error
         if not math.isfinite(val_loss):
             what = f"the loss on the validation split is {val_loss}"
-            raise self._diverged(what, self._last_micro_step())
+            raise self._diverged(what)
         row = {
             "kind": "epoch",
             "epoch": progress.epoch + 1,

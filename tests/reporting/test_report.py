@@ -746,3 +746,13 @@ def test_the_explain_command(copy: Path, tmp_path: Path, capsys, monkeypatch) ->
     monkeypatch.setenv("NO_COLOR", "1")
     cli.main(command)
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_steps_count_the_pseudo_labelled_texts_too(copy: Path) -> None:
+    run = open_run(copy, "cpu")
+    assert run.steps_per_epoch == -(-run.config.dataset["train_samples"] // run.samples_per_step)
+    dataset = {**run.config.dataset, "pseudo_labels": {"texts": 1000, "fingerprint": ""}}
+    more = replace(run, config=replace(run.config, dataset=dataset))
+    texts = dataset["train_samples"] + 1000
+    assert more.samples_per_epoch == texts
+    assert more.steps_per_epoch == -(-texts // run.samples_per_step)
