@@ -250,6 +250,8 @@ def test_ctrl_c_while_torch_is_imported() -> None:
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Slow())\n"
+        # A shell's background jobs ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "cli.main(['predict', 'RUN', 'text'])"
     )
     done = subprocess.run(

@@ -90,7 +90,7 @@ def results(folder: Path) -> dict:
 def test_run_folder(run: Path) -> None:
     assert {p.name for p in run.iterdir()} == {
         "config.json", "tokenizer.json", "best_model.pt", "metrics.jsonl", "results.json",
-        "train.log", "last.ckpt", "test_predictions.npz",
+        "train.log", "last.ckpt", "test_predictions.npz", "manifest.json",
     }  # fmt: skip
     found = results(run)
     assert found["test_accuracy"] > 0.9

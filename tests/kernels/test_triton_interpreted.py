@@ -142,10 +142,10 @@ def test_a_model_compiles_to_one_graph(triton):
     """No graph break, the gradients of eager, and the same graph for other batches."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"d_model": 32, "num_heads": 2, "num_layers": 2, "d_ff": 64}
+    settings: dict[str, Any] = {"d_model": 32, "num_heads": 2, "num_layers": 1, "d_ff": 64}
     model = TransformerClassifier(50, max_len=64, attn_backend="triton", **settings)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for lens in ([7, 0, 9], [3, 5, 20, 1], [2, 30]):
+    for lens in ([7, 0, 9], [3, 5, 20, 1]):
         cu_seqlens = torch.tensor([0, *lens]).cumsum(0).int()
         ids = torch.randint(1, 50, (sum(lens) + 4,))
         options = {"cu_seqlens": cu_seqlens, "max_seqlen": max(lens), "seed": torch.tensor(SEED)}
