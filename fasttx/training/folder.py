@@ -43,6 +43,7 @@ class RunFolder:
         self.manifest = path / "manifest.json"
         self._lock: Lock | None = None
         self._made = False  # whether `create` made the folder itself
+        self._written: dict[str, str] = {}  # digests of the files that this object wrote
 
     # --- opening ----------------------------------------------------------------------------------
 
@@ -167,19 +168,29 @@ class RunFolder:
                 yield f
             return
 
+        digest = ""
+
         def announce(temporary: Path) -> None:
-            manifest.announce(path, digest_of(temporary))
+            nonlocal digest
+            digest = digest_of(temporary)
+            manifest.announce(path, digest, self._written.get(path.name))
 
         with atomic_write(path, announce) as f:
             yield f
+        self._written[path.name] = digest
 
     def write_json(self, path: Path, values: Any) -> None:
         with self.writing(path) as f:
             f.write(json_text(values).encode("utf-8"))
 
     def seal(self) -> None:
-        """Enter the files as they are now: what was appended to, and of the others one version."""
+        """Enter the files as they are now, whatever they were."""
         Manifest(self.path).enter(self.files())
+
+    def finish(self, metrics_sha256: str | None) -> None:
+        """Enter metrics.jsonl, which was appended to, by the digest of what was written to it."""
+        if metrics_sha256 is not None:
+            Manifest(self.path).announce(self.metrics, metrics_sha256, metrics_sha256)
 
     def files(self) -> list[Path]:
         """The files of the run that are there and are read again: all but train.log."""
@@ -228,15 +239,19 @@ class Manifest:
             raise CheckpointError(damaged.format(folder=self.path.parent))
         return entries
 
-    def announce(self, path: Path, digest: str) -> None:
-        """`path` may have this digest from now on, or the one that it has now."""
+    def announce(self, path: Path, digest: str, now: str | None = None) -> None:
+        """`path` may have this digest from now on, or the one that it has now.
+
+        now: that one, where it is known. Else it is one of those that the manifest allows; where a
+        kill came between announcing and renaming, the file itself tells which.
+        """
         entries = self.entries()
-        known = entries.get(path.name, [])
-        former = [d for d in known if d != digest]
-        if len(former) > 1:  # a kill came between announcing and renaming, once or several times
-            now = digest_of(path) if path.exists() else None
+        former = entries.get(path.name, [])
+        if now is None and len(former) > 1:
+            now = digest_of(path) if path.exists() else ""
+        if now is not None:
             former = [d for d in former if d == now]
-        self._write({**entries, path.name: [digest, *former]})
+        self._write({**entries, path.name: list(dict.fromkeys([digest, *former]))})
 
     def enter(self, files: list[Path]) -> None:
         """These files and no others, as they are."""

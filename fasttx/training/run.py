@@ -243,7 +243,7 @@ def _train(run: Run, *, quiet: bool) -> dict[str, Any]:
     trainer.restore_best()
     results = run.task.results(run, model, trainer.progress)
     if run.processes.main:
-        folder.seal()
+        folder.finish(trainer.progress.metrics_sha256)
         folder.write_json(folder.results, results)
         log.info("%s", run.task.closing(run, results))
     return results

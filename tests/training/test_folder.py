@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -170,7 +171,23 @@ def test_every_flipped_bit_is_seen(folder: RunFolder) -> None:
             with pytest.raises(CheckpointError, match=f"{path.name} is damaged"):
                 verified(folder.config)
         path.write_bytes(whole)
-    assert verified(folder.config) == whole or verified(folder.config)
+    assert json.loads(verified(folder.config)) == {"format": "x"}
+
+
+def test_what_was_damaged_before_the_end_is_not_taken_for_whole(folder: RunFolder) -> None:
+    """The end of a run enters metrics.jsonl by what was written to it, and no other file."""
+    folder.open()
+    folder.metrics.write_bytes(b"{}\n")
+    whole = hashlib.sha256(b"{}\n").hexdigest()
+    folder.tokenizer.write_bytes(b"{ }")
+    folder.finish(whole)
+    assert verified(folder.metrics) == b"{}\n"
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
+        verified(folder.tokenizer)
+    folder.metrics.write_bytes(b"[]\n")
+    folder.finish(whole)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged"):
+        verified(folder.metrics)
 
 
 def test_a_file_of_another_run_is_seen(folder: RunFolder, tmp_path: Path) -> None:
