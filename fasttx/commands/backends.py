@@ -20,7 +20,7 @@ def backend_table(device: torch.device, head_dim: int = 32) -> str:
     for b in BACKENDS.values():
         try:
             reasons = b.unavailable_reasons(device, torch.float32, head_dim)
-        except Exception as error:
+        except Exception as error:  # of one broken backend: the others are still listed
             reasons = [f"it is broken: {describe(error)}"]
         dtypes = " ".join(str(d).removeprefix("torch.") for d in b.dtypes)
         kind = {"shared": "shared masks", "torch": "torch's own"}[b.dropout]
@@ -33,7 +33,7 @@ def backend_table(device: torch.device, head_dim: int = 32) -> str:
     ]
     try:
         chosen = resolve_name("auto", device, torch.float32, head_dim)
-    except Exception as error:
+    except Exception as error:  # the same, while `auto` asks each in turn
         chosen = f"none ({describe(error)})"
     return "\n".join([*lines, f"\nauto on {device} (float32, head_dim {head_dim}): {chosen}"])
 
