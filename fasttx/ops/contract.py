@@ -131,9 +131,10 @@ class Operations(ABC):
     """What a model runs on. Every backend computes the same functions, dropout masks included.
 
     The public methods check their arguments, the same way for all, and call what a backend defines:
-    `_attend`, `_embed`, `_add_norm`, `_bias_act`. They raise ValueError for shapes that do not fit
-    and for tensors on several devices, TypeError for another dtype. Values are checked where they
-    are `readable`: spans as `Spans.of` has it, and IndexError for ids outside their table.
+    `_attend`, `_embed`, `_add_norm`, `_bias_act`, and `_linear` where torch does not multiply. They
+    raise ValueError for shapes that do not fit and for tensors on several devices, TypeError for
+    another dtype. Values are checked where they are `readable`: spans as `Spans.of` has it, and
+    IndexError for ids outside their table.
     """
 
     _checks_spans = False  # whether its kernels refuse spans that leave the rows, at every call
@@ -222,8 +223,21 @@ class Operations(ABC):
         return self._bias_act(u, bias, dropout, activation)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x weight^T + bias, as `torch.nn.functional.linear`: x (T, in), weight (out, in)."""
-        return F.linear(x, weight, bias)
+        """x weight^T + bias, as `torch.nn.functional.linear`: (T, in) -> (T, out).
+
+        weight (out, in), bias (out,). Under autocast x and the product are in its dtype.
+        """
+        if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+            shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+            raise ValueError(f"x and weight have shapes {shapes}; expected (T, in) and (out, in)")
+        if bias is None:
+            check_floats("x and weight", x, weight)
+            _check_site(NO_DROPOUT, x, weight)
+        else:
+            _check_vector("bias", bias, weight.shape[0])
+            check_floats("x, weight and bias", x, weight, bias)
+            _check_site(NO_DROPOUT, x, weight, bias)
+        return self._linear(x, weight, bias)
 
     def _how(
         self, spans: Spans, dropout: Dropout, causal: bool, scale: float | None, rows: int,
@@ -258,6 +272,9 @@ class Operations(ABC):
 
     @abstractmethod
     def _bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor: ...
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 def _check_vector(name: str, x: Tensor, columns: int) -> None:

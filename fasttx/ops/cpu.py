@@ -43,11 +43,11 @@ class Cpu(Adapter):
 
     @functools.cached_property
     def operations(self) -> FusedOperations:
-        from fasttx.kernels.cpu import add_norm, attention, bias_act, embed
+        from fasttx.kernels.cpu import add_norm, attention, bias_act, embed, linear
 
         stored, stream = (torch.float32, torch.bfloat16), (torch.float32,)
         launchers = Launchers(
-            attention, embed, add_norm, bias_act, stored, stream, ("CPU",), checks_spans=True
+            attention, embed, add_norm, bias_act, stored, stream, ("CPU",), True, linear
         )
         return FusedOperations("cpu", launchers)
 

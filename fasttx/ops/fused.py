@@ -92,6 +92,17 @@ class BiasActLaunchers(Protocol):
     ) -> None: ...  # fmt: skip
 
 
+class LinearLaunchers(Protocol):
+    """x (T, in), weight (out, in) and bias (out,) float32, out (T, out), dout like out.
+
+    weight is contiguous, or its transpose is. dweight and dbias are float32.
+    """
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+
+    def backward(self, dout: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -> None: ...
+
+
 @dataclass(frozen=True)
 class Launchers:
     """The modules of `fasttx.kernels.<device>`, one an operation, and what their kernels store.
@@ -99,7 +110,7 @@ class Launchers:
     dtypes: of what linear layers take and give (qkv, y, u); stream: of the residual stream, vectors
     and tables. Tensors of another dtype are widened to float32 on the way in, and what comes of
     them is rounded on the way out. keys: the dispatch keys of torch that the kernels serve.
-    checks_spans: `_checks_spans` of `contract.Operations`.
+    checks_spans: `_checks_spans` of `contract.Operations`. Without `linear` torch multiplies.
     """
 
     attention: AttentionLaunchers
@@ -110,6 +121,7 @@ class Launchers:
     stream: tuple[torch.dtype, ...]
     keys: tuple[str, ...]
     checks_spans: bool = False
+    linear: LinearLaunchers | None = None
 
 
 class _NoForwardMode:
@@ -151,6 +163,11 @@ class FusedOperations(Operations):
         self._embed_operator = self._define_embed()
         self._add_norm_operator = self._define_add_norm()
         self._bias_act_operator = self._define_bias_act()
+        # What linear layers of these dtypes multiply with is ours, else torch's.
+        self.own_products: frozenset[torch.dtype] = frozenset()
+        if launchers.linear is not None:
+            self._linear_operator = self._define_linear(launchers.linear)
+            self.own_products = frozenset(launchers.dtypes)
 
     # --- operators --------------------------------------------------------------------------------
 
@@ -451,6 +468,59 @@ class FusedOperations(Operations):
         self._derive("bias_act", save, backward)
         return operator
 
+    def _define_linear(self, launch: LinearLaunchers) -> Any:
+        def like(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return x.new_empty((x.shape[0], weight.shape[0]))
+
+        def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            out = like(x, weight, bias)
+            if out.numel():
+                weight = weight if 1 in weight.stride() else weight.contiguous()
+                bias = bias if bias is None else bias.contiguous()
+                launch.forward(x.contiguous(), weight, bias, out)
+            return out
+
+        def like_gradients(dout: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+            outputs = dout.shape[1]
+            dweight = x.new_empty((outputs, x.shape[1]), dtype=torch.float32)
+            return dweight, x.new_empty(outputs if bias else 0, dtype=torch.float32)
+
+        def gradients(dout: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+            dweight, dbias = like_gradients(dout, x, bias)
+            if dweight.numel() and len(x):
+                given = dbias if bias else None
+                launch.backward(dout.contiguous(), x.contiguous(), dweight, given)
+                return dweight, dbias
+            return dweight.zero_(), torch.sum(
+                dout, 0, dtype=torch.float32, out=dbias
+            ) if bias else dbias
+
+        operator = self._define(
+            "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", like, forward
+        )
+        operator_backward = self._define(
+            "linear_backward(Tensor dout, Tensor x, bool bias) -> (Tensor, Tensor)",
+            like_gradients,
+            gradients,
+        )
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            x, weight, bias = inputs
+            ctx.save_for_backward(x, weight)
+            ctx.has_bias = bias is not None
+
+        def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+            x, weight = ctx.saved_tensors
+            needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+            dx = operator(dout, weight.t(), None) if needs_x else None
+            if not (needs_weight or needs_bias):
+                return dx, None, None
+            dweight, dbias = operator_backward(dout, x, ctx.has_bias)
+            return dx, dweight, dbias if ctx.has_bias else None
+
+        self._derive("linear", save, backward)
+        return operator
+
     # --- what a model calls -----------------------------------------------------------------------
 
     def _attend_packed(self, qkv: Tensor, how: Attend) -> Tensor:
@@ -488,6 +558,18 @@ class FusedOperations(Operations):
         gelu = activation == "gelu"
         out = self._bias_act_operator(self._stored(u), self._streamed(bias), t, seed, gelu)
         return out.to(u.dtype)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        elif weight.dtype != dtype:
+            return super()._linear(x, weight, bias)  # torch says what is wrong
+        if dtype not in self.own_products or weight.dtype == torch.float64:
+            return super()._linear(x, weight, bias)
+        bias = bias if bias is None else bias.float()
+        out: Tensor = self._linear_operator(x.to(dtype), weight.float(), bias)
+        return out
 
     # --- arguments --------------------------------------------------------------------------------
 

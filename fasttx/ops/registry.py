@@ -173,7 +173,7 @@ class _Refused(Operations):
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise BackendUnavailableError(self._message)
 
-    _attend = _attend_packed = _embed = _add_norm = _bias_act = linear = _refuse
+    _attend = _attend_packed = _embed = _add_norm = _bias_act = _linear = _refuse
 
 
 def descriptions(used: str) -> dict[str, dict[str, Any]]:

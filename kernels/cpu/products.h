@@ -46,6 +46,18 @@ struct Floats {
   }
 };
 
+// bfloat16 numbers, multiplied as floats where no instruction takes pairs of them.
+struct Widened : Floats {
+  INLINE F rounded(F v) { return widen(narrow(v)); }
+  INLINE F down(const Bf16* p, int64_t ld, int64_t u, int64_t rows, int n) {
+    return Floats::down(p, ld, u, rows, n);
+  }
+  INLINE F down(const float* p, int64_t ld, int64_t u, int64_t rows, int n) {
+    return rounded(Floats::down(p, ld, u, rows, n));
+  }
+  INLINE F along(const float* p, int64_t numbers) { return rounded(Floats::along(p, numbers)); }
+};
+
 #if defined(__AVX512BF16__)
 struct Pairs {
   using Stored = Bf16;
@@ -78,12 +90,14 @@ template <class S>
 struct Unit {
   using Type = Floats;
 };
-#if defined(__AVX512BF16__)
 template <>
 struct Unit<Bf16> {
+#if defined(__AVX512BF16__)
   using Type = Pairs;
-};
+#else
+  using Type = Widened;
 #endif
+};
 
 // ---- the tile ------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ def test_no_backend_has_entries_of_its_own(name):
     except ImportError as error:
         pytest.skip(f"{name} cannot be imported here: {error}")
     assert isinstance(operations, Operations)
-    for operation in set(OPERATIONS) - {"linear"}:
+    for operation in OPERATIONS:
         assert getattr(type(operations), operation) is getattr(Operations, operation), operation
     reasons = inspect.signature(adapter.unavailable_reasons).parameters
     assert list(reasons) == ["device", "dtype", "head_dim"]
@@ -58,6 +58,9 @@ def test_shapes_that_do_not_fit_are_refused(target):
         (lambda: ops.add_norm(x, x, bias, bias[:7], bias, NO_DROPOUT), r"gamma has shape \(7,\)"),
         (lambda: ops.bias_act(x, bias[:7], NO_DROPOUT, "relu"), r"bias has shape \(7,\)"),
         (lambda: ops.bias_act(q, bias, NO_DROPOUT, "relu"), r"u has shape \(4, 1, 8\)"),
+        (lambda: ops.linear(x, x[:, :7]), r"x and weight have shapes \(4, 8\) and \(4, 7\)"),
+        (lambda: ops.linear(q, x), r"x and weight have shapes \(4, 1, 8\) and \(4, 8\)"),
+        (lambda: ops.linear(x, x, bias), r"bias has shape \(8,\); expected \(4,\)"),
         (lambda: ops.bias_act(x, bias, NO_DROPOUT, "swish"), "'swish'; expected one of relu, gelu"),
     ):
         with pytest.raises(ValueError, match=message):
