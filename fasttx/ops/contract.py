@@ -305,6 +305,14 @@ class Adapter(Protocol):
     def operations(self) -> Operations:
         """Asked for only where there are no such reasons."""
 
+    def choices(self) -> dict[str, str]:
+        """What it would choose here where several ways give other bits; a run keeps it."""
+        return {}
+
+    def choose(self, choices: dict[str, str]) -> None:
+        """To compute as `choices` says from now on, in the whole process."""
+        return None  # most choose nothing
+
     def description(self) -> dict[str, Any]:
         """What it chose on this machine and why, for reports; most choose nothing."""
         return {}

@@ -66,6 +66,7 @@ _TABLE = (
         ("cpu",),
         _HALVES,
         "shared",
+        describes=True,
     ),
     Backend(
         "triton",
@@ -174,6 +175,17 @@ class _Refused(Operations):
         raise BackendUnavailableError(self._message)
 
     _attend = _attend_packed = _embed = _add_norm = _bias_act = _linear = _refuse
+
+
+def choices(name: str) -> dict[str, str]:
+    """What the backend would choose here where several ways give other bits; {} of none."""
+    return BACKENDS[name].adapter().choices() if name in BACKENDS else {}
+
+
+def choose(name: str, choices: dict[str, str]) -> None:
+    """The backend computes as `choices` says from now on, in the whole process."""
+    if name in BACKENDS:
+        BACKENDS[name].adapter().choose(choices)
 
 
 def descriptions(used: str) -> dict[str, dict[str, Any]]:
