@@ -311,7 +311,7 @@ class Adapter(Protocol):
 
     def choose(self, choices: dict[str, str]) -> None:
         """To compute as `choices` says from now on, in the whole process."""
-        return None  # most choose nothing
+        return  # most choose nothing
 
     def description(self) -> dict[str, Any]:
         """What it chose on this machine and why, for reports; most choose nothing."""

@@ -105,7 +105,7 @@ class Task(ABC):
 
     def choose(self, backend: str, choices: dict[str, str]) -> None:
         """It computes as `choices` says from now on."""
-        return None  # most choose nothing
+        return  # most choose nothing
 
     @abstractmethod
     def model(self, config: ModelConfig) -> nn.Module: ...
