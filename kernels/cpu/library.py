@@ -47,6 +47,10 @@ SIGNATURES: dict[str, list[Any]] = {
     "weight_gradient": [_I, *[_P] * 4, _L, _L, _L, _I],
     "embed_forward": [*[_P] * 5, _L, _L, _L, _L, _F, *_DROPOUT],
     "embed_backward": [*[_P] * 3, _L, _L, _L, _F, *_DROPOUT],
+    "encoder_offers": [_I],
+    "encoder_create": [_P, _I, _P],
+    "encoder_forward": [_P, _P, _P, _L, _P, _I, _I],
+    "encoder_destroy": [_P],
 }
 
 

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "interface.h"
+
 namespace {
 
 constexpr int64_t NO_MEMORY = -1;
