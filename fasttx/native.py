@@ -1,8 +1,8 @@
 """A classifier as one call of the CPU library: token ids in, logits out.
 
 Its weights are packed once, and no operation of torch runs in between. It stands beside the model,
-which stays what it is: whoever trains it on, loads other weights or hooks a layer gets what the model
-says, since the packed copy is made again, or left alone, whenever the model is another.
+which stays what it is: whoever trains it on, loads other weights or hooks a layer gets what the
+model says, since the packed copy is made again, or left alone, whenever the model is another.
 
 B texts, C classes.
 """
@@ -13,6 +13,7 @@ import math
 import operator
 import threading
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,31 +109,33 @@ class _Packed:
         modules = list(model.modules())
         # What a module is made of. A tensor that is changed in place counts its version up; one
         # whose memory is exchanged has another address.
-        self._children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
-        holders = [m._parameters for m in modules if m._parameters] + [model._buffers]
-        self._tensors = [(h, list(h.values())) for h in holders]
-        self._values = [x for _, held in self._tensors for x in held if x is not None]
+        parents = [m._modules for m in modules if m._modules]
+        holders = [*parents, *(m._parameters for m in modules if m._parameters), model._buffers]
+        self._parents, self._counts = parents, list(map(len, parents))
+        self._held_in = [held for held in holders for _ in held]
+        self._names = [name for held in holders for name in held]
+        self._parts = [part for held in holders for part in held.values()]
+        self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._state = self._current_state()
         self._own_names = [m.__dict__ for m in modules]
-        self._hooks = [
-            *_hooks_of(torch_module, "_global"),
-            *(h for m in modules for h in _hooks_of(m)),
-        ]
-        self._eps = [(m, m.eps) for m in modules if isinstance(m, nn.LayerNorm)]
+        self._hooks = [*_hooks_of(torch_module, "_global"), *chain(*map(_hooks_of, modules))]
+        self._norms = [m for m in modules if isinstance(m, nn.LayerNorm)]
+        self._eps = [m.eps for m in self._norms]
         self._encoder = encoder.Encoder(_weights(model), encoder.Precision[precision.upper()])
 
-    def _current_state(self) -> list[tuple[int, int]]:
-        return [(x._version, x.data_ptr()) for x in self._values]
+    def _current_state(self) -> list[Any]:
+        return [*map(_VERSION, self._tensors), *map(Tensor.data_ptr, self._tensors)]
 
     def is_of(self, model: TransformerClassifier) -> bool:
+        """Whether `model` is the one that was packed and computes what it did then."""
         return (
             not any(self._hooks)
             and all(getattr(c, name) is forward for c, name, forward in _FORWARDS)
-            and all(_same(children.values(), seen) for children, seen in self._children)
-            and all(_same(held.values(), seen) for held, seen in self._tensors)
+            and list(map(len, self._parents)) == self._counts
+            and all(map(operator.is_, map(dict.get, self._held_in, self._names), self._parts))
             and self._current_state() == self._state
-            and not any("forward" in names for names in self._own_names)
-            and all(m.eps == eps for m, eps in self._eps)
+            and True not in ["forward" in names for names in self._own_names]
+            and [m.eps for m in self._norms] == self._eps
         )
 
     def logits(self, ids: RaggedIds, batch_size: int) -> Tensor:
@@ -160,8 +163,7 @@ class _Packed:
         return logits
 
 
-def _same(now: Any, seen: list[Any]) -> bool:
-    return len(now) == len(seen) and all(map(operator.is_, now, seen))
+_VERSION = operator.attrgetter("_version")
 
 
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
