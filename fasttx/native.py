@@ -107,8 +107,9 @@ class _Packed:
         from fasttx.kernels.cpu import encoder
 
         modules = list(model.modules())
-        # What a module is made of. A tensor that is changed in place counts its version up; one
-        # whose memory is exchanged has another address.
+        # What a module is made of. A tensor that is changed in place counts its version up, unless
+        # it is changed through `.data` or NumPy: then its numbers show it. One whose memory is
+        # exchanged has another address.
         parents = [m._modules for m in modules if m._modules]
         holders = [*parents, *(m._parameters for m in modules if m._parameters), model._buffers]
         self._parents, self._counts = parents, list(map(len, parents))
@@ -136,6 +137,7 @@ class _Packed:
             and self._current_state() == self._state
             and True not in ["forward" in names for names in self._own_names]
             and [m.eps for m in self._norms] == self._eps
+            and not self._encoder.changed()
         )
 
     def logits(self, ids: RaggedIds, batch_size: int) -> Tensor:

@@ -12,25 +12,65 @@
 
 namespace {
 
+// A number of a weight as it was when it was packed, to see that somebody changed the weights.
+struct Sample {
+  const float* at;
+  float value;
+};
+
 struct PackedModel {
   const EncoderKernels* kernels;  // of the set that it was packed for
   int64_t vocabulary, places;
+  std::vector<Sample> samples;
 };
+
+void sample(std::vector<Sample>& samples, const float* weight, int64_t count) {
+  if (!weight || count < 1) return;
+  for (int i = 0; i < 4; i++) {
+    const float* at = weight + (count - 1) * i / 3;
+    samples.push_back({at, *at});
+  }
+}
+
+void sample(std::vector<Sample>& samples, const LinearWeights& l, int64_t out, int64_t in) {
+  sample(samples, l.weight, out * in);
+  sample(samples, l.bias, out);
+}
+
+void sample(std::vector<Sample>& samples, const NormWeights& n, int64_t d) {
+  sample(samples, n.gamma, d);
+  sample(samples, n.beta, d);
+}
+
+// Some numbers of every tensor that is copied.
+std::vector<Sample> samples_of(const EncoderWeights& w) {
+  std::vector<Sample> samples;
+  const int64_t d = w.d_model;
+  for (int64_t i = 0; i < w.layers; i++) {
+    const BlockWeights& b = w.blocks[i];
+    sample(samples, b.norm1, d), sample(samples, b.norm2, d);
+    sample(samples, b.qkv, 3 * d, d), sample(samples, b.out, d, d);
+    sample(samples, b.up, w.d_ff, d), sample(samples, b.down, d, w.d_ff);
+  }
+  sample(samples, w.norm, d);
+  sample(samples, w.dense, d, d), sample(samples, w.classify, w.classes, d);
+  return samples;
+}
 
 constexpr size_t HUGE_PAGE = 2 << 20;
 
 size_t aligned(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
 // What a call needs, one piece after the other in a block of the pool.
-struct Room {
+struct CallRoom {
   team::Pool::Block* block;
   team::Job job;
 };
 
 void give_back(team::Job* job) {
-  Room* room = reinterpret_cast<Room*>(reinterpret_cast<char*>(job) - offsetof(Room, job));
+  CallRoom* room = reinterpret_cast<CallRoom*>(reinterpret_cast<char*>(job) - offsetof(CallRoom, job));
   team::Pool::Block* block = room->block;
-  room->~Room();
+  room->~CallRoom();
   team::shared().pool.give_back(block);
 }
 
@@ -51,13 +91,21 @@ API int64_t fasttx_encoder_create(const EncoderWeights* weights, int precision, 
 #if defined(MADV_HUGEPAGE)
   if (bytes > HUGE_PAGE) madvise(memory, whole, MADV_HUGEPAGE);
 #endif
-  new (memory) PackedModel{kernels, weights->vocabulary, weights->places};
+  new (memory) PackedModel{kernels, weights->vocabulary, weights->places, samples_of(*weights)};
   kernels->pack(*weights, (Precision)precision, static_cast<char*>(memory) + aligned(sizeof(PackedModel)));
   *model = memory;
   return 0;
 }
 
+// 1 where the weights, which must still be there, no longer hold what they held.
+API int64_t fasttx_encoder_changed(const void* model) {
+  for (const Sample& s : static_cast<const PackedModel*>(model)->samples)
+    if (memcmp(s.at, &s.value, sizeof s.value)) return 1;
+  return 0;
+}
+
 API int64_t fasttx_encoder_destroy(void* model) {
+  static_cast<PackedModel*>(model)->~PackedModel();
   free(model);
   return 0;
 }
@@ -80,12 +128,12 @@ API int64_t fasttx_encoder_forward(const void* model, const int32_t* ids, const 
   const Texts texts = {ids, offsets, batch, logits};
   int64_t phases = 0;
   const size_t bytes = m.kernels->call_bytes(packed, texts, threads, (Split)split, &phases);
-  const size_t head = aligned(sizeof(Room)), table = phases * sizeof(team::Phase), counts = aligned(8 * phases);
+  const size_t head = aligned(sizeof(CallRoom)), table = phases * sizeof(team::Phase), counts = aligned(8 * phases);
   team::Pool::Block* block = team::shared().pool.take(head + table + counts + bytes + 256);
   if (!block) return NO_MEMORY;
   char* at = block->data();
   at += (128 - reinterpret_cast<uintptr_t>(at) % 128) % 128;
-  Room* room = new (at) Room;
+  CallRoom* room = new (at) CallRoom;
   room->block = block;
   team::Phase* phase = reinterpret_cast<team::Phase*>(at + head);
   int64_t* items = reinterpret_cast<int64_t*>(at + head + table);

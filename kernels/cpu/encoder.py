@@ -125,11 +125,9 @@ class Encoder:
     def __init__(self, weights: Weights, precision: Precision) -> None:
         self._native = library()
         self._model = _P()
-        described, _kept = _described(weights)
+        described, self._weights = _described(weights)
         self.classes, self.places = described.classes, described.places
         self.vocabulary = described.vocabulary
-        # They are read where they lie.
-        self._tables = weights.embedding, weights.positions
         code = self._native.fasttx_encoder_create(
             ctypes.byref(described), precision, ctypes.byref(self._model)
         )
@@ -140,6 +138,10 @@ class Encoder:
                 f"d_model or d_ff is too large for precision {precision.name.lower()}; expected at "
                 f"most {DEEPEST_INT8:,}"
             )
+
+    def changed(self) -> bool:
+        """Whether one of some numbers of every weight is another than when it was packed."""
+        return bool(self._native.fasttx_encoder_changed(self._model))
 
     def forward(
         self, ids: np.ndarray, offsets: np.ndarray, first: int, last: int, logits: Tensor,

@@ -50,6 +50,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "encoder_offers": [_I],
     "encoder_create": [_P, _I, _P],
     "encoder_forward": [_P, _P, _P, _L, _P, _I, _I],
+    "encoder_changed": [_P],
     "encoder_destroy": [_P],
 }
 

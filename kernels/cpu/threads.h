@@ -11,8 +11,6 @@
 
 namespace {
 
-constexpr int64_t NO_MEMORY = -1;
-
 using Body = void (*)(void*);
 using GompParallel = void (*)(Body, void*, unsigned threads, unsigned flags);
 using KmpFork = void (*)(void* location, int arguments, void (*task)(int*, int*, void*, void*), ...);

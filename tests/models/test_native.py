@@ -163,6 +163,11 @@ def _in_place(model: TransformerClassifier) -> None:
         model.blocks[0].up.weight.mul_(1.5)
 
 
+def _through_data(model: TransformerClassifier) -> None:
+    for p in model.blocks[0].up.parameters():
+        p.data.mul_(1.5)
+
+
 def _exchange(model: TransformerClassifier) -> None:
     model.head.dense.weight.data = model.head.dense.weight.data * 1.5
 
@@ -196,7 +201,7 @@ def _eps(model: TransformerClassifier) -> None:
 
 
 CHANGES = [
-    _train, _in_place, _exchange, _load, _assign, _replace, _replace_a_parameter, _drop_a_block,
+    _train, _in_place, _through_data, _exchange, _load, _assign, _replace, _replace_a_parameter, _drop_a_block,
     _without_bias, _eps,
 ]  # fmt: skip
 
