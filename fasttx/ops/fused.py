@@ -585,7 +585,9 @@ class FusedOperations(Operations):
                 return written
             dout, n, up, down, u, before = (x.contiguous() for x in (dout, n, up, down, u, before))
             du, given = torch.empty_like(u), before if gelu else None
-            launch.backward(dout, n, up, down, given, u, du, *written, threshold, seed)
+            dn, dup, dbias, ddown = written
+            weights = dup, dbias, ddown
+            launch.backward(dout, n, up, down, given, u, du, dn, *weights, threshold, seed)
             return written
 
         options = f"{_DROPOUT}, bool gelu"

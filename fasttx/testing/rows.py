@@ -105,8 +105,8 @@ class RowCase:
         if self.op == "bias_act":
             return (operations.bias_act(**inputs, dropout=dropout, activation=self.activation),)
         if self.op == "feed_forward":
-            how = {"dropout": dropout, "activation": self.activation}
-            return (operations.feed_forward(**inputs, **how),)
+            mlp = operations.feed_forward
+            return (mlp(**inputs, dropout=dropout, activation=self.activation),)
         return (operations.linear(**inputs),)
 
     def run(
