@@ -109,7 +109,9 @@ def test_memory_stays_where_it_is(dtype):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for rows in range(1000, 3000, 20):
         step(rows)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # KB
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    )  # KB; oneDNN in bfloat16: 800 MB
 
 
 def test_infinities_and_nan_stay_in_their_rows():
