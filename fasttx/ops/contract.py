@@ -1,4 +1,4 @@
-"""The contract of a backend: the five operations that a model runs on, and what an adapter brings.
+"""The contract of a backend: the operations that a model runs on, and what an adapter brings.
 
 Shapes: T tokens of a packed batch (rows), B sequences, H heads, D head_dim, d columns, V words.
 
@@ -211,10 +211,7 @@ class Operations(ABC):
 
     def bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
         """dropout(act(u + bias)), act "relu" or "gelu" (exact, by erf): u (T, d) -> (T, d)."""
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
-            )
+        _check_activation(activation)
         if u.dim() != 2:
             raise ValueError(f"u has shape {tuple(u.shape)}; expected (T, d)")
         check_floats("u", u)
@@ -238,6 +235,26 @@ class Operations(ABC):
             check_floats("x, weight and bias", x, weight, bias)
             _check_site(NO_DROPOUT, x, weight, bias)
         return self._linear(x, weight, bias)
+
+    def feed_forward(
+        self, n: Tensor, up: Tensor, bias: Tensor, down: Tensor, dropout: Dropout, activation: str
+    ) -> Tensor:
+        """dropout(act(n up^T + bias)) down^T: the MLP of a block but for its last bias.
+
+        n (T, d), up (d_ff, d), bias (d_ff,), down (out, d_ff) -> (T, out). The same as `linear`,
+        `bias_act` and `linear`, which it is made of where a backend does not fuse them.
+        """
+        _check_activation(activation)
+        fits = n.dim() == up.dim() == down.dim() == 2
+        if not fits or n.shape[1] != up.shape[1] or up.shape[0] != down.shape[1]:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (n, up, down))
+            raise ValueError(
+                f"n, up and down have shapes {shapes}; expected (T, d), (d_ff, d) and (out, d_ff)"
+            )
+        check_floats("n, up and down", n, up, down)
+        _check_vector("bias", bias, up.shape[0])
+        _check_site(dropout, n, up, bias, down)
+        return self._feed_forward(n, up, bias, down, dropout, activation)
 
     def _how(
         self, spans: Spans, dropout: Dropout, causal: bool, scale: float | None, rows: int,
@@ -275,6 +292,17 @@ class Operations(ABC):
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def _feed_forward(
+        self, n: Tensor, up: Tensor, bias: Tensor, down: Tensor, dropout: Dropout, activation: str
+    ) -> Tensor:
+        u = self._bias_act(self._linear(n, up, None), bias, dropout, activation)
+        return self._linear(u, down, None)
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
 
 
 def _check_vector(name: str, x: Tensor, columns: int) -> None:

@@ -63,12 +63,13 @@ class Cpu(Adapter):
 
     @functools.cached_property
     def operations(self) -> FusedOperations:
-        from fasttx.kernels.cpu import add_norm, attention, bias_act, embed, linear
+        from fasttx.kernels.cpu import add_norm, attention, bias_act, embed, feed_forward, linear
 
         stored, stream = (torch.float32, torch.bfloat16), (torch.float32,)
         launchers = Launchers(
-            attention, embed, add_norm, bias_act, stored, stream, ("CPU",), True, linear
-        )
+            attention, embed, add_norm, bias_act, stored, stream, ("CPU",), True, linear,
+            feed_forward,
+        )  # fmt: skip
         operations = FusedOperations("cpu", launchers)
         vars(self)["operations"] = operations  # for `choose`
         self.choose(self.choices())

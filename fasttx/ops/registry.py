@@ -174,7 +174,8 @@ class _Refused(Operations):
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise BackendUnavailableError(self._message)
 
-    _attend = _attend_packed = _embed = _add_norm = _bias_act = _linear = _refuse
+    _attend = _attend_packed = _embed = _add_norm = _bias_act = _refuse
+    _linear = _feed_forward = _refuse
 
 
 def choices(name: str) -> dict[str, str]:

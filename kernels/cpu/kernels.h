@@ -82,10 +82,12 @@ struct Matrix {
 enum class Act { NONE, RELU, GELU };
 
 // y = dropout(act(x W^T + bias)); x (rows, k), y (rows, n), contiguous. W is packed.
+// With `gate`, the backward pass through what followed another product: y = (x W^T) dropout' act'.
 template <class S>
 struct Linear {
   const S* x;
   const float* bias;            // (n,), or null
+  const S* gate;                // what came out of relu and dropout, what went into gelu; or null
   S *before, *y;                // before: what goes into act, or null
   int64_t rows, n, k;
   Act act;

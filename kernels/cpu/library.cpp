@@ -370,15 +370,16 @@ API int64_t fasttx_bias_act_backward(int bfloat16, const void* u, const float* b
   });
 }
 
-// y (rows, n) = dropout(act(x W^T + bias)); W (n, k) by strides, of which one is 1. `before` takes what
-// goes into the activation, unless it is null.
+// y (rows, n) = dropout(act(x W^T + bias)); W (n, k) by strides, of which one is 1. bias, gate and
+// before (rows, n) may be null: see Linear.
 API int64_t fasttx_linear_forward(int bfloat16, const void* x, const float* w, int64_t w_row,
-                                  int64_t w_column, const float* bias, void* before, void* y, int64_t rows,
-                                  int64_t n, int64_t k, int act, int64_t seed, uint32_t threshold,
-                                  int threads) {
+                                  int64_t w_column, const float* bias, const void* gate, void* before,
+                                  void* y, int64_t rows, int64_t n, int64_t k, int act, int64_t seed,
+                                  uint32_t threshold, int threads) {
   return in_storage(bfloat16, [&](const auto& kernels) {
     using S = decltype(storage_of(kernels));
-    Linear<S> a = {(const S*)x, bias, (S*)before, (S*)y, rows, n, k, (Act)act, {(uint64_t)seed, threshold}};
+    const Linear<S> a = {(const S*)x, bias, (const S*)gate, (S*)before, (S*)y, rows, n, k, (Act)act,
+                         {(uint64_t)seed, threshold}};
     return multiply(kernels, a, Matrix{w, w_row, w_column}, threads);
   });
 }

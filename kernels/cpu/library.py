@@ -43,7 +43,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "add_norm_backward": [_I, *[_P] * 11, _L, _L, *_DROPOUT],
     "bias_act_forward": [_I, *[_P] * 3, _L, _L, _I, *_DROPOUT],
     "bias_act_backward": [_I, *[_P] * 6, _L, _L, _I, *_DROPOUT],
-    "linear_forward": [_I, _P, _P, _L, _L, *[_P] * 3, _L, _L, _L, _I, *_DROPOUT],
+    "linear_forward": [_I, _P, _P, _L, _L, *[_P] * 4, _L, _L, _L, _I, *_DROPOUT],
     "weight_gradient": [_I, *[_P] * 4, _L, _L, _L, _I],
     "embed_forward": [*[_P] * 5, _L, _L, _L, _L, _F, *_DROPOUT],
     "embed_backward": [*[_P] * 3, _L, _L, _L, _F, *_DROPOUT],

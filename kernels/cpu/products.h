@@ -282,7 +282,7 @@ static void linear_forward(const Linear<S>& a, const float* packed, int64_t r0, 
   const int64_t rows = r1 - r0;
   uint8_t* keep = reinterpret_cast<uint8_t*>(scratch);
   const int64_t kept = parts(product_rows(k) * parts(n, LANES) + DRAW_SLACK, 64) * 64;
-  if (a.dropout.threshold)
+  if (a.dropout.threshold && !(a.gate && a.act == Act::RELU))
     draw_keep(keep, r0, (int)rows, first / LANES, blocks, 0, 0, Philox(a.dropout.seed), a.dropout.threshold);
   int64_t ld;
   const float* x = rows_as_units<S, E>(a.x, k, r0, r1, ld, reinterpret_cast<float*>(scratch + kept));
@@ -300,18 +300,21 @@ static void linear_forward(const Linear<S>& a, const float* packed, int64_t r0, 
       [&](int64_t row, int64_t column, F sum) __attribute__((always_inline)) {
         const int count = (int)least(n - column, W);
         if (count <= 0) return;
+        const int64_t at = row * n + column;
         if (a.bias) sum += load_first(a.bias + column, count);
-        if (a.before) store_first(a.before + row * n + column, sum, count);
-        if (a.act == Act::RELU) {
-          sum = select(sum <= 0.0f, F{}, sum);  // NaN stays
+        if (a.before) store_first(a.before + at, sum, count);
+        const F gate = a.gate ? load_first(a.gate + at, count) : sum;
+        if (a.act == Act::RELU) {  // NaN stays
+          sum = select(gate <= 0.0f, F{}, a.gate ? sum * scale : sum);
         } else if (a.act == Act::GELU) {
           F cdf, pdf;
-          normal(sum, cdf, pdf);
-          sum *= cdf;
+          normal(gate, cdf, pdf);
+          sum *= a.gate ? (cdf + gate * pdf) : cdf;
         }
-        if (a.dropout.threshold)
+        // What relu and dropout let through shows in the gate.
+        if (a.dropout.threshold && !(a.gate && a.act == Act::RELU))
           sum = keep_lanes(sum * scale, bits_of(keep + (row - r0) * blocks, (int)((column - first) / W)));
-        store_first(a.y + row * n + column, sum, count);
+        store_first(a.y + at, sum, count);
       });
 }
 

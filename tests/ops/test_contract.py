@@ -20,8 +20,9 @@ OPERATIONS = [name for name in vars(Operations) if not name.startswith("_")]
 
 
 def test_there_are_five_operations():
-    """And attention a second time, of projections that lie apart."""
-    assert OPERATIONS == ["attention", "attention_qkv", "embed", "add_norm", "bias_act", "linear"]
+    """And attention a second time, of projections that lie apart; and three of them as one."""
+    five = ["attention", "attention_qkv", "embed", "add_norm", "bias_act", "linear"]
+    assert [*five, "feed_forward"] == OPERATIONS
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -60,6 +61,8 @@ def test_shapes_that_do_not_fit_are_refused(target):
         (lambda: ops.bias_act(q, bias, NO_DROPOUT, "relu"), r"u has shape \(4, 1, 8\)"),
         (lambda: ops.linear(x, x[:, :7]), r"x and weight have shapes \(4, 8\) and \(4, 7\)"),
         (lambda: ops.linear(q, x), r"x and weight have shapes \(4, 1, 8\) and \(4, 8\)"),
+        (lambda: ops.feed_forward(x, x, x[:, 0], x, NO_DROPOUT, "relu"), r"n, up and down have"),
+        (lambda: ops.feed_forward(x, x, bias, x.T, NO_DROPOUT, "relu"), r"bias has shape \(8,\)"),
         (lambda: ops.linear(x, x, bias), r"bias has shape \(8,\); expected \(4,\)"),
         (lambda: ops.bias_act(x, bias, NO_DROPOUT, "swish"), "'swish'; expected one of relu, gelu"),
     ):

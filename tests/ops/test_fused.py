@@ -24,7 +24,7 @@ over_fused = pytest.mark.parametrize("target", FUSED, ids=str)
 def operators(target: Target) -> list[str]:
     names = ["attention", "attention_qkv", "embed", "add_norm", "bias_act"]
     if target.operations._launch.linear is not None:
-        names.append("linear")
+        names += ["linear", "feed_forward"]
     return [f"{name}{direction}" for name in names for direction in ("", "_backward")]
 
 
@@ -35,6 +35,7 @@ ROW_CASES = [
     RowCase("add_norm", 5, 12),
     RowCase("bias_act", 5, 12),
     RowCase("bias_act", 5, 12, "gelu"),
+    RowCase("feed_forward", 5, 12),
 ]
 
 
@@ -82,6 +83,14 @@ def operator_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[Any
         calls += [
             ("embed", (ids, places, table, positions, *drop, 3.0)),
             ("embed_backward", (dout, ids, 6, float32, *drop, 3.0)),
+        ]
+        up, bias, down = (leaf(*shape, dtype=float32) for shape in ((8, 12), (8,), (12, 8)))
+        weights = up.detach(), down.detach()
+        calls += [
+            ("feed_forward", (leaf(5, 12), up, bias, down, *drop, False)),
+            ("feed_forward", (leaf(5, 12), up, bias, down, *drop, True)),
+            ("feed_forward_backward", (x, x, *weights, draw(5, 8), draw(0, 8), *drop, False)),
+            ("feed_forward_backward", (x, x, *weights, draw(5, 8), draw(5, 8), *drop, True)),
         ]
     x, weight = leaf(5, 12), leaf(7, 12, dtype=float32)
     calls += [
