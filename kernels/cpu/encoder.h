@@ -329,17 +329,21 @@ static void attend(const float* qkv, int64_t ld, int64_t apart, float* out, int6
   const int64_t tiles = parts(last - first, GM);
   for (int64_t t = 0; t < tiles; t++) {
     const int64_t at = first + share(last - first, t, tiles), m = first + share(last - first, t + 1, tiles) - at;
+    F top[GM];
+    for (int64_t i = 0; i < m; i++) top[i] = splat(-__builtin_inff());
     product<E>(qkv + at * ld, ld, 0, m, kt, depth, 0, keys / GN, nothing,
-               [=](int64_t i, int64_t column, F x) __attribute__((always_inline)) {
+               [&](int64_t i, int64_t column, F x) __attribute__((always_inline)) {
+      if (column + W > length) {
+        const int64_t left = length - column;
+        x = select(lane_index() < I{} + (int32_t)(left > 0 ? left : 0), x, splat(-__builtin_inff()));
+      }
+      top[i] = max(x, top[i]);
       store(s + i * s_ld + column, x);
     });
     float inverse[GM];
     for (int64_t i = 0; i < m; i++) {
       float* row = s + i * s_ld;
-      for (int64_t j = length; j < keys; j++) row[j] = -__builtin_inff();
-      F top = load(row);
-      for (int64_t j = W; j < keys; j += W) top = max(top, load(row + j));
-      const float most = largest(top) * to_base2;
+      const float most = largest(top[i]) * to_base2;
       F total = {};
       for (int64_t j = 0; j < keys; j += W) {
         const F weight = exp2(load(row + j) * to_base2 - most);

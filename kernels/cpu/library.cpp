@@ -206,7 +206,7 @@ const Kernels& kernels_in_use() {
 
 // Changes with the arguments below, and with kernels/cpu/library.py, which asks for it: a library
 // that was built before the Python beside it would read other arguments than it is given.
-API int64_t fasttx_interface() { return 3; }
+API int64_t fasttx_interface() { return 4; }
 
 // The sets that this machine runs, best first, separated by spaces.
 API const char* fasttx_instruction_sets() {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-INTERFACE = 3  # of library.cpp; another number means arguments that do not fit SIGNATURES
+INTERFACE = 4  # of library.cpp; another number means arguments that do not fit SIGNATURES
 NO_MEMORY = -1  # what a function returns where scratch could not be had
 
 

@@ -169,6 +169,8 @@ inline int64_t work(Job& job, int thread) {
 
 class Team {
  public:
+  explicit Team(int64_t stall = STALL) : stall_(stall) {}
+
   // Runs a job, with up to `threads` threads, the caller among them.
   void run(Job& job, int threads) {
     job.rounding = rounding_mode();
@@ -251,7 +253,7 @@ class Team {
 
   void remember(int64_t stalled) {
     int64_t pause = pause_.load(std::memory_order_relaxed);
-    if (stalled > STALL) {
+    if (stalled > stall_) {
       alone_until_.store(nanoseconds() + pause, std::memory_order_relaxed);
       pause = std::min(2 * pause, LONGEST_PAUSE);
     } else {
@@ -260,6 +262,7 @@ class Team {
     pause_.store(pause, std::memory_order_relaxed);
   }
 
+  const int64_t stall_;
   std::mutex mutex_;
   std::vector<Job*> jobs_;
   int helpers_ = 0;
