@@ -201,8 +201,8 @@ def _eps(model: TransformerClassifier) -> None:
 
 
 CHANGES = [
-    _train, _in_place, _through_data, _exchange, _load, _assign, _replace, _replace_a_parameter, _drop_a_block,
-    _without_bias, _eps,
+    _train, _in_place, _through_data, _exchange, _load, _assign, _replace, _replace_a_parameter,
+    _drop_a_block, _without_bias, _eps,
 ]  # fmt: skip
 
 
