@@ -110,7 +110,7 @@ def interpreted(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]
         (["ops/test_attention.py"], "triton-cpu and test_float32", 45),
         (["ops/test_attention.py"], "triton-cpu and not test_float32", 35),
         (["ops/test_embed.py", "ops/test_add_norm.py", "ops/test_bias_act.py"], "triton-cpu", 50),
-        (["ops/test_fused.py", "kernels/test_triton_interpreted.py"], "triton-cpu or triton_", 55),
+        (["ops/test_fused.py", "kernels/test_triton_interpreted.py"], "triton-cpu or triton_", 46),
         (["models/test_isolation.py"], "triton-cpu and test_rows and 0.3 and nan", 2),
     ],
     ids=["attention in float32", "attention otherwise", "row operations", "the rest", "isolation"],
