@@ -1,7 +1,7 @@
-"""Commands as processes of their own that begin where torch is imported: a start is a fork, and costs
-milliseconds, not seconds. Of fasttx they import everything themselves.
+"""Commands as processes of their own that begin where torch is imported: a start is a fork, and
+costs milliseconds, not seconds. Of fasttx they import everything themselves.
 
-    run(["-m", "fasttx", "predict", ...], cwd=..., env=...)     as subprocess.run([sys.executable, ...])
+    run(["-m", "fasttx", "predict", ...], cwd, env)     as subprocess.run([sys.executable, ...])
 
 What a start itself is tested for (imports, signals, streams, threads) needs a real one.
 """
@@ -73,9 +73,9 @@ def _become(asked: dict) -> None:
     modes = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_CREAT)
     for number, (name, mode) in enumerate(zip(asked["streams"], modes, strict=True)):
         os.dup2(os.open(name, mode, 0o600), number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     signal.alarm(asked["timeout"])
     first, *rest = asked["argv"]
     if first == "-m":
