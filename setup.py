@@ -38,14 +38,16 @@ CPU_KERNELS = "kernels/cpu"
 CPU_FLAGS = [
     "-O3", "-g0", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden",
 ]  # fmt: skip
+AVX512 = [
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma",
+    "-mprefer-vector-width=512",
+]  # fmt: skip
 X86_SETS = {
-    "avx512": [
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma",
-        "-mprefer-vector-width=512",
-    ],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
     "baseline": [],
-}  # fmt: skip
+}
 
 
 class BuildCpuKernels(build_ext):

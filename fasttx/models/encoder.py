@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
-from fasttx.models.layers import add, add_norm, linear, product_and_bias
+from fasttx.models.layers import add, add_norm, feed_forward, linear, product_and_bias
 from fasttx.models.module import Model
 from fasttx.ops import registry
 from fasttx.ops.arguments import check_integers, kind
@@ -82,9 +82,7 @@ class EncoderBlock(nn.Module):
         mixed = ops.attention(self.project(n, ops), spans, at_attention)
         y, bias = product_and_bias(ops, self.out, mixed.flatten(1))
         h, n = add_norm(ops, h, y, bias, self.norm2, after_attention)
-        u, bias = product_and_bias(ops, self.up, n)
-        u = ops.bias_act(u, bias, in_mlp, self.activation)
-        y, bias = product_and_bias(ops, self.down, u)
+        y, bias = feed_forward(ops, self.up, self.down, n, in_mlp, self.activation)
         if next_norm is None:
             return add(ops, h, y, bias, after_mlp), None
         return add_norm(ops, h, y, bias, next_norm, after_mlp)

@@ -63,6 +63,19 @@ def product_and_bias(ops: Operations, layer: nn.Module, x: Tensor) -> tuple[Tens
     return y, y.new_zeros(y.shape[-1])
 
 
+def feed_forward(
+    ops: Operations, up: nn.Module, down: nn.Module, n: Tensor, dropout: Dropout, activation: str
+) -> tuple[Tensor, Tensor]:
+    """down(dropout(act(up(n)))) in two parts, as `product_and_bias`."""
+    if is_linear(up) and is_linear(down):
+        first: Tensor | None = up.bias
+        last: Tensor | None = down.bias
+        if first is not None and last is not None:
+            return ops.feed_forward(n, up.weight, first, down.weight, dropout, activation), last
+    u, bias = product_and_bias(ops, up, n)
+    return product_and_bias(ops, down, ops.bias_act(u, bias, dropout, activation))
+
+
 def add_norm(
     ops: Operations, h: Tensor, y: Tensor, bias: Tensor, norm: nn.Module, dropout: Dropout
 ) -> tuple[Tensor, Tensor]:

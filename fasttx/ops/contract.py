@@ -1,4 +1,4 @@
-"""The contract of a backend: the five operations that a model runs on, and what an adapter brings.
+"""The contract of a backend: the operations that a model runs on, and what an adapter brings.
 
 Shapes: T tokens of a packed batch (rows), B sequences, H heads, D head_dim, d columns, V words.
 
@@ -131,9 +131,10 @@ class Operations(ABC):
     """What a model runs on. Every backend computes the same functions, dropout masks included.
 
     The public methods check their arguments, the same way for all, and call what a backend defines:
-    `_attend`, `_embed`, `_add_norm`, `_bias_act`. They raise ValueError for shapes that do not fit
-    and for tensors on several devices, TypeError for another dtype. Values are checked where they
-    are `readable`: spans as `Spans.of` has it, and IndexError for ids outside their table.
+    `_attend`, `_embed`, `_add_norm`, `_bias_act`, and `_linear` where torch does not multiply. They
+    raise ValueError for shapes that do not fit and for tensors on several devices, TypeError for
+    another dtype. Values are checked where they are `readable`: spans as `Spans.of` has it, and
+    IndexError for ids outside their table.
     """
 
     _checks_spans = False  # whether its kernels refuse spans that leave the rows, at every call
@@ -210,10 +211,7 @@ class Operations(ABC):
 
     def bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor:
         """dropout(act(u + bias)), act "relu" or "gelu" (exact, by erf): u (T, d) -> (T, d)."""
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
-            )
+        _check_activation(activation)
         if u.dim() != 2:
             raise ValueError(f"u has shape {tuple(u.shape)}; expected (T, d)")
         check_floats("u", u)
@@ -222,8 +220,41 @@ class Operations(ABC):
         return self._bias_act(u, bias, dropout, activation)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x weight^T + bias, as `torch.nn.functional.linear`: x (T, in), weight (out, in)."""
-        return F.linear(x, weight, bias)
+        """x weight^T + bias, as `torch.nn.functional.linear`: (T, in) -> (T, out).
+
+        weight (out, in), bias (out,). Under autocast x and the product are in its dtype.
+        """
+        if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+            shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+            raise ValueError(f"x and weight have shapes {shapes}; expected (T, in) and (out, in)")
+        if bias is None:
+            check_floats("x and weight", x, weight)
+            _check_site(NO_DROPOUT, x, weight)
+        else:
+            _check_vector("bias", bias, weight.shape[0])
+            check_floats("x, weight and bias", x, weight, bias)
+            _check_site(NO_DROPOUT, x, weight, bias)
+        return self._linear(x, weight, bias)
+
+    def feed_forward(
+        self, n: Tensor, up: Tensor, bias: Tensor, down: Tensor, dropout: Dropout, activation: str
+    ) -> Tensor:
+        """dropout(act(n up^T + bias)) down^T: the MLP of a block but for its last bias.
+
+        n (T, d), up (d_ff, d), bias (d_ff,), down (out, d_ff) -> (T, out). The same as `linear`,
+        `bias_act` and `linear`, which it is made of where a backend does not fuse them.
+        """
+        _check_activation(activation)
+        fits = n.dim() == up.dim() == down.dim() == 2
+        if not fits or n.shape[1] != up.shape[1] or up.shape[0] != down.shape[1]:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (n, up, down))
+            raise ValueError(
+                f"n, up and down have shapes {shapes}; expected (T, d), (d_ff, d) and (out, d_ff)"
+            )
+        check_floats("n, up and down", n, up, down)
+        _check_vector("bias", bias, up.shape[0])
+        _check_site(dropout, n, up, bias, down)
+        return self._feed_forward(n, up, bias, down, dropout, activation)
 
     def _how(
         self, spans: Spans, dropout: Dropout, causal: bool, scale: float | None, rows: int,
@@ -259,6 +290,20 @@ class Operations(ABC):
     @abstractmethod
     def _bias_act(self, u: Tensor, bias: Tensor, dropout: Dropout, activation: str) -> Tensor: ...
 
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _feed_forward(
+        self, n: Tensor, up: Tensor, bias: Tensor, down: Tensor, dropout: Dropout, activation: str
+    ) -> Tensor:
+        u = self._bias_act(self._linear(n, up, None), bias, dropout, activation)
+        return self._linear(u, down, None)
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+
 
 def _check_vector(name: str, x: Tensor, columns: int) -> None:
     if x.shape != (columns,):
@@ -287,6 +332,14 @@ class Adapter(Protocol):
     @property
     def operations(self) -> Operations:
         """Asked for only where there are no such reasons."""
+
+    def choices(self) -> dict[str, str]:
+        """What it would choose here where several ways give other bits; a run keeps it."""
+        return {}
+
+    def choose(self, choices: dict[str, str]) -> None:
+        """To compute as `choices` says from now on, in the whole process."""
+        return  # most choose nothing
 
     def description(self) -> dict[str, Any]:
         """What it chose on this machine and why, for reports; most choose nothing."""

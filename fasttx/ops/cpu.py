@@ -8,6 +8,7 @@ float32. So nothing is copied under autocast to bfloat16.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -41,15 +42,38 @@ class Cpu(Adapter):
             reasons.append(f"its C++ library does not load ({error}): install fasttx again")
         return reasons
 
+    def choices(self) -> dict[str, str]:
+        from fasttx.ops import products
+
+        return products.choices()
+
+    def choose(self, choices: dict[str, str]) -> None:
+        from fasttx.ops.products import DTYPES, OWN
+
+        own = (dtype for name, dtype in DTYPES.items() if choices.get(name) == OWN)
+        self.operations.own_products = frozenset(own)
+
+    def description(self) -> dict[str, Any]:
+        from fasttx.kernels.cpu import library
+        from fasttx.ops.products import DTYPES, OWN, TORCH
+
+        own = self.operations.own_products
+        products = {name: OWN if dtype in own else TORCH for name, dtype in DTYPES.items()}
+        return {"instruction_set": library.instruction_set(), "products": products}
+
     @functools.cached_property
     def operations(self) -> FusedOperations:
-        from fasttx.kernels.cpu import add_norm, attention, bias_act, embed
+        from fasttx.kernels.cpu import add_norm, attention, bias_act, embed, feed_forward, linear
 
         stored, stream = (torch.float32, torch.bfloat16), (torch.float32,)
         launchers = Launchers(
-            attention, embed, add_norm, bias_act, stored, stream, ("CPU",), checks_spans=True
-        )
-        return FusedOperations("cpu", launchers)
+            attention, embed, add_norm, bias_act, stored, stream, ("CPU",), True, linear,
+            feed_forward,
+        )  # fmt: skip
+        operations = FusedOperations("cpu", launchers)
+        vars(self)["operations"] = operations  # for `choose`
+        self.choose(self.choices())
+        return operations
 
 
 adapter: Adapter = Cpu()

@@ -92,6 +92,36 @@ class BiasActLaunchers(Protocol):
     ) -> None: ...  # fmt: skip
 
 
+class LinearLaunchers(Protocol):
+    """x (T, in), weight (out, in) and bias (out,) float32, out (T, out), dout like out.
+
+    weight is contiguous, or its transpose is. dweight and dbias are float32.
+    """
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+
+    def backward(self, dout: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -> None: ...
+
+
+class FeedForwardLaunchers(Protocol):
+    """n, out, dn, dout (T, d); up (d_ff, d), bias (d_ff,), down (d, d_ff) float32, contiguous.
+
+    u, du (T, d_ff): what the second product multiplies, and the gradient of what goes into the
+    activation. before (T, d_ff): that itself, for gelu; None for relu. dup, dbias, ddown float32.
+    """
+
+    def forward(
+        self, n: Tensor, up: Tensor, bias: Tensor, down: Tensor, before: Tensor | None, u: Tensor,
+        out: Tensor, threshold: int, seed: Tensor | None,
+    ) -> None: ...  # fmt: skip
+
+    def backward(
+        self, dout: Tensor, n: Tensor, up: Tensor, down: Tensor, before: Tensor | None, u: Tensor,
+        du: Tensor, dn: Tensor, dup: Tensor, dbias: Tensor, ddown: Tensor, threshold: int,
+        seed: Tensor | None,
+    ) -> None: ...  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Launchers:
     """The modules of `fasttx.kernels.<device>`, one an operation, and what their kernels store.
@@ -99,7 +129,7 @@ class Launchers:
     dtypes: of what linear layers take and give (qkv, y, u); stream: of the residual stream, vectors
     and tables. Tensors of another dtype are widened to float32 on the way in, and what comes of
     them is rounded on the way out. keys: the dispatch keys of torch that the kernels serve.
-    checks_spans: `_checks_spans` of `contract.Operations`.
+    checks_spans: `_checks_spans` of `contract.Operations`. Without the last two torch multiplies.
     """
 
     attention: AttentionLaunchers
@@ -110,6 +140,8 @@ class Launchers:
     stream: tuple[torch.dtype, ...]
     keys: tuple[str, ...]
     checks_spans: bool = False
+    linear: LinearLaunchers | None = None
+    feed_forward: FeedForwardLaunchers | None = None
 
 
 class _NoForwardMode:
@@ -151,6 +183,13 @@ class FusedOperations(Operations):
         self._embed_operator = self._define_embed()
         self._add_norm_operator = self._define_add_norm()
         self._bias_act_operator = self._define_bias_act()
+        # What linear layers of these dtypes multiply with is ours, else torch's.
+        self.own_products: frozenset[torch.dtype] = frozenset()
+        if launchers.linear is not None:
+            self._linear_operator = self._define_linear(launchers.linear)
+            assert launchers.feed_forward is not None
+            self._feed_forward_operator = self._define_feed_forward(launchers.feed_forward)
+            self.own_products = frozenset(launchers.dtypes)
 
     # --- operators --------------------------------------------------------------------------------
 
@@ -451,6 +490,136 @@ class FusedOperations(Operations):
         self._derive("bias_act", save, backward)
         return operator
 
+    def _define_linear(self, launch: LinearLaunchers) -> Any:
+        def like(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return x.new_empty((x.shape[0], weight.shape[0]))
+
+        def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            out = like(x, weight, bias)
+            if out.numel():
+                weight = weight if 1 in weight.stride() else weight.contiguous()
+                bias = bias if bias is None else bias.contiguous()
+                launch.forward(x.contiguous(), weight, bias, out)
+            return out
+
+        def like_gradients(dout: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+            outputs = dout.shape[1]
+            dweight = x.new_empty((outputs, x.shape[1]), dtype=torch.float32)
+            return dweight, x.new_empty(outputs if bias else 0, dtype=torch.float32)
+
+        def gradients(dout: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+            dweight, dbias = like_gradients(dout, x, bias)
+            if dweight.numel() and len(x):
+                given = dbias if bias else None
+                launch.backward(dout.contiguous(), x.contiguous(), dweight, given)
+                return dweight, dbias
+            return dweight.zero_(), torch.sum(
+                dout, 0, dtype=torch.float32, out=dbias
+            ) if bias else dbias
+
+        operator = self._define(
+            "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", like, forward
+        )
+        operator_backward = self._define(
+            "linear_backward(Tensor dout, Tensor x, bool bias) -> (Tensor, Tensor)",
+            like_gradients,
+            gradients,
+        )
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            x, weight, bias = inputs
+            ctx.save_for_backward(x, weight)
+            ctx.has_bias = bias is not None
+
+        def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+            x, weight = ctx.saved_tensors
+            needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+            dx = operator(dout, weight.t(), None) if needs_x else None
+            if not (needs_weight or needs_bias):
+                return dx, None, None
+            dweight, dbias = operator_backward(dout, x, ctx.has_bias)
+            return dx, dweight, dbias if ctx.has_bias else None
+
+        self._derive("linear", save, backward)
+        return operator
+
+    def _define_feed_forward(self, launch: FeedForwardLaunchers) -> Any:
+        def like(
+            n: Tensor, up: Tensor, bias: Tensor, down: Tensor, threshold: int, seed: Tensor | None,
+            gelu: bool,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            """out, u, before."""
+            rows, hidden = n.shape[0], up.shape[0]
+            u = n.new_empty((rows, hidden))
+            return n.new_empty((rows, down.shape[0])), u, n.new_empty((rows if gelu else 0, hidden))
+
+        def forward(
+            n: Tensor, up: Tensor, bias: Tensor, down: Tensor, threshold: int, seed: Tensor | None,
+            gelu: bool,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            outs = out, u, before = like(n, up, bias, down, threshold, seed, gelu)
+            if len(n):
+                n, up, bias, down = (x.contiguous() for x in (n, up, bias, down))
+                given = before if gelu else None
+                launch.forward(n, up, bias, down, given, u, out, threshold, seed)
+            return outs
+
+        def like_gradients(
+            dout: Tensor, n: Tensor, up: Tensor, down: Tensor, *rest: Any
+        ) -> tuple[Tensor, ...]:
+            """dn, dup, dbias, ddown."""
+            dup, dbias, ddown = (
+                up.new_empty(shape, dtype=torch.float32)
+                for shape in (up.shape, up.shape[:1], down.shape)
+            )
+            return n.new_empty(n.shape), dup, dbias, ddown
+
+        def gradients(
+            dout: Tensor, n: Tensor, up: Tensor, down: Tensor, u: Tensor, before: Tensor,
+            threshold: int, seed: Tensor | None, gelu: bool,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            written = like_gradients(dout, n, up, down)
+            if not len(n):
+                for x in written:
+                    x.zero_()
+                return written
+            dout, n, up, down, u, before = (x.contiguous() for x in (dout, n, up, down, u, before))
+            du, given = torch.empty_like(u), before if gelu else None
+            dn, dup, dbias, ddown = written
+            weights = dup, dbias, ddown
+            launch.backward(dout, n, up, down, given, u, du, dn, *weights, threshold, seed)
+            return written
+
+        options = f"{_DROPOUT}, bool gelu"
+        operator = self._define(
+            f"feed_forward(Tensor n, Tensor up, Tensor bias, Tensor down, {options})"
+            " -> (Tensor, Tensor, Tensor)",
+            like,
+            forward,
+        )
+        operator_backward = self._define(
+            "feed_forward_backward(Tensor dout, Tensor n, Tensor up, Tensor down, Tensor u, "
+            f"Tensor before, {options}) -> (Tensor, Tensor, Tensor, Tensor)",
+            like_gradients,
+            gradients,
+        )
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            n, up, _, down, threshold, seed, gelu = inputs
+            ctx.save_for_backward(n, up, down, *output[1:], seed)
+            ctx.options = threshold, gelu
+            ctx.set_materialize_grads(False)  # u and before have none
+
+        def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
+            if dout is None:
+                return (None,) * 7
+            *tensors, seed = ctx.saved_tensors
+            threshold, gelu = ctx.options
+            return (*operator_backward(dout, *tensors, threshold, seed, gelu), None, None, None)
+
+        self._derive("feed_forward", save, backward)
+        return operator
+
     # --- what a model calls -----------------------------------------------------------------------
 
     def _attend_packed(self, qkv: Tensor, how: Attend) -> Tensor:
@@ -488,6 +657,37 @@ class FusedOperations(Operations):
         gelu = activation == "gelu"
         out = self._bias_act_operator(self._stored(u), self._streamed(bias), t, seed, gelu)
         return out.to(u.dtype)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if (dtype := self._own_product(x, weight)) is None:
+            return super()._linear(x, weight, bias)
+        bias = bias if bias is None else bias.float()
+        out: Tensor = self._linear_operator(x.to(dtype), weight.float(), bias)
+        return out
+
+    def _feed_forward(
+        self, n: Tensor, up: Tensor, bias: Tensor, down: Tensor, dropout: Dropout, activation: str
+    ) -> Tensor:
+        if (dtype := self._own_product(n, up)) is None or down.dtype != up.dtype:
+            return super()._feed_forward(n, up, bias, down, dropout, activation)
+        t, seed, _ = dropout
+        gelu = activation == "gelu"
+        out, _, _ = self._feed_forward_operator(
+            n.to(dtype), up.float(), bias.float(), down.float(), t, seed, gelu
+        )
+        y: Tensor = out
+        return y
+
+    def _own_product(self, x: Tensor, weight: Tensor) -> torch.dtype | None:
+        """What x is multiplied in, if by our kernels: its own dtype, or that of autocast."""
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):
+            if torch.float64 in (dtype, weight.dtype):
+                return None
+            dtype = torch.get_autocast_dtype(device)
+        elif weight.dtype != dtype:
+            return None  # torch says what is wrong
+        return dtype if dtype in self.own_products else None
 
     # --- arguments --------------------------------------------------------------------------------
 

@@ -66,6 +66,7 @@ _TABLE = (
         ("cpu",),
         _HALVES,
         "shared",
+        describes=True,
     ),
     Backend(
         "triton",
@@ -173,7 +174,19 @@ class _Refused(Operations):
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise BackendUnavailableError(self._message)
 
-    _attend = _attend_packed = _embed = _add_norm = _bias_act = linear = _refuse
+    _attend = _attend_packed = _embed = _add_norm = _bias_act = _refuse
+    _linear = _feed_forward = _refuse
+
+
+def choices(name: str) -> dict[str, str]:
+    """What the backend would choose here where several ways give other bits; {} of none."""
+    return BACKENDS[name].adapter().choices() if name in BACKENDS else {}
+
+
+def choose(name: str, choices: dict[str, str]) -> None:
+    """The backend computes as `choices` says from now on, in the whole process."""
+    if name in BACKENDS:
+        BACKENDS[name].adapter().choose(choices)
 
 
 def descriptions(used: str) -> dict[str, dict[str, Any]]:

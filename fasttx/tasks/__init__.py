@@ -85,6 +85,7 @@ def read_config(path: Path, *tasks: str) -> RunConfig:
             values["recipe"],
             found,
             values.get("init_from_sha256"),
+            values.get("choices"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or from another version: {error}") from error
@@ -111,6 +112,7 @@ def _check_values(values: dict[str, Any]) -> None:
 
     for name, types in _TYPES.items():
         check(name, values[name], types)
+    check("choices", values.get("choices"), (dict, type(None)))
     for name, types in _DATASET_TYPES.items():
         if name in values["dataset"]:
             check(f"dataset's {name}", values["dataset"][name], types)

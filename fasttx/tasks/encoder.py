@@ -44,6 +44,12 @@ class EncoderTask(Task, ABC):
         head_dim = m.d_model // m.num_heads
         return registry.resolve_name(m.attn_backend, device, torch.float32, head_dim)
 
+    def choices(self, backend: str) -> dict[str, str]:
+        return registry.choices(backend)
+
+    def choose(self, backend: str, choices: dict[str, str]) -> None:
+        registry.choose(backend, choices)
+
 
 def size_text(m: ModelConfig) -> str:
     return (

@@ -21,7 +21,7 @@ from fasttx.testing.philox import multipliers, row_uniforms
 
 @dataclass(frozen=True)
 class RowCase:
-    """One operation ("embed", "add_norm", "bias_act", "linear") on inputs of one shape."""
+    """One operation of `OPERATIONS` on inputs of one shape; columns of feed_forward: d_ff."""
 
     op: str
     rows: int
@@ -34,7 +34,9 @@ class RowCase:
     strided: bool = False  # matrices are views with gaps, and gradients have strides of 0
 
     def __str__(self) -> str:
-        name = self.activation if self.op == "bias_act" else self.op
+        name = {"bias_act": self.activation, "feed_forward": f"MLP {self.activation}"}.get(
+            self.op, self.op
+        )
         extra = {
             "offset": self.offset, "eps": self.eps != 1e-5, "scale": self.scale,
             "mixed": self.mixed, "strided": self.strided,
@@ -64,6 +66,11 @@ class RowCase:
             if self.mixed:  # multiples of 1/8, whose sums no dtype rounds over the kink of ReLU
                 found = {name: x.mul(4).round().div(4) for name, x in found.items()}
                 found["bias"] += 0.125
+        elif self.op == "feed_forward":
+            found = {
+                "n": randn(rows, d // 2 + 1), "up": randn(d, d // 2 + 1), "bias": randn(d),
+                "down": randn(d // 2 + 1, d),
+            }  # fmt: skip
         elif self.op == "linear":
             found = {"x": randn(rows, d), "weight": randn(d // 2 + 1, d), "bias": randn(d // 2 + 1)}
         else:
@@ -97,6 +104,9 @@ class RowCase:
             return operations.add_norm(**inputs, dropout=dropout, eps=self.eps)
         if self.op == "bias_act":
             return (operations.bias_act(**inputs, dropout=dropout, activation=self.activation),)
+        if self.op == "feed_forward":
+            mlp = operations.feed_forward
+            return (mlp(**inputs, dropout=dropout, activation=self.activation),)
         return (operations.linear(**inputs),)
 
     def run(
@@ -148,6 +158,9 @@ class RowCase:
         if self.op == "bias_act":
             u = x["u"] + x["bias"].to(x["u"].dtype)
             return (_activation(self.activation, u) * factors.to(u.dtype),)
+        if self.op == "feed_forward":
+            u = x["n"] @ x["up"].T + x["bias"]
+            return ((_activation(self.activation, u) * factors.to(u.dtype)) @ x["down"].T,)
         if self.op == "linear":
             return (x["x"] @ x["weight"].T + x["bias"],)
         y = x["y"] + x["bias"].to(x["y"].dtype)
@@ -190,6 +203,7 @@ def _activation(name: str, x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
+PRODUCTS = ("linear", "feed_forward")
 SHAPES = ((33, 256), (1, 8), (7, 20), (130, 10), (257, 32), (0, 16))
 
 
@@ -198,7 +212,7 @@ def _of(op: str, activation: str = "relu") -> tuple[RowCase, ...]:
     return (
         *(RowCase(op, *shape, activation) for shape in SHAPES),
         RowCase(op, 33, 256, activation, strided=True),
-        *([] if op == "linear" else [RowCase(op, 33, 64, activation, mixed=True)]),
+        *([] if op in PRODUCTS else [RowCase(op, 33, 64, activation, mixed=True)]),
     )
 
 
@@ -215,7 +229,8 @@ BIAS_ACT = (
     RowCase("bias_act", 5, 13, "gelu"),
 )
 LINEAR = _of("linear")
-OPERATIONS = ("embed", "add_norm", "bias_act", "linear")
+FEED_FORWARD = (*_of("feed_forward"), *_of("feed_forward", "gelu"))
+OPERATIONS = ("embed", "add_norm", "bias_act", *PRODUCTS)
 
 
 def cases() -> list[RowCase]:
@@ -226,4 +241,5 @@ def cases() -> list[RowCase]:
         for columns, mixed in ((256, False), (20, True), (256, True))
         for op, activation in operations
     ]
-    return [*found, RowCase("linear", 50, 256)]
+    products = (RowCase("feed_forward", 50, 100, activation) for activation in ("relu", "gelu"))
+    return [*found, RowCase("linear", 50, 256), *products]

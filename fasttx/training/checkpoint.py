@@ -35,6 +35,9 @@ class RunConfig:
     recipe: str | None
     task: str  # a name in `fasttx.tasks.TASKS`
     init_from_sha256: str | None = None  # of the weights that the encoder started from
+    # What the backend chose where several ways give other bits: `contract.Adapter.choices`. None:
+    # the run is older than the choice.
+    choices: dict[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -47,6 +50,7 @@ class RunConfig:
             "label_names": list(self.label_names),
             "dataset": self.dataset,
             "init_from_sha256": self.init_from_sha256,
+            "choices": self.choices,
             "train": self.train.to_dict(),
         }
 

@@ -93,8 +93,9 @@ def _begin(
     tokenizer = task.tokenizer(config, loaded.texts)
     saved = RunConfig(
         config, backend, device.type, loaded.label_names, loaded.described, recipe, task.name,
-        _encoder_digest(config),
+        _encoder_digest(config), processes.from_main(task.choices(backend)),
     )  # fmt: skip
+    task.choose(backend, saved.choices or {})
     splits = loaded.examples(config, tokenizer)
     if processes.main:
         folder.write_json(folder.tokenizer, tokenizer.to_dict())
@@ -135,6 +136,7 @@ def _go_on(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes
     with _as_it_was(folder):
         device = _open_device(saved.device, config.precision, processes)
         task.backend(config, device)
+        task.choose(saved.attn_backend, saved.choices or {})
         loaded = task.load(config)
     _check_same_data(folder, saved, loaded.described["fingerprint"], loaded.label_names)
     if loaded.described.get("pseudo_labels") != saved.dataset.get("pseudo_labels"):

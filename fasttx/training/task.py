@@ -99,6 +99,14 @@ class Task(ABC):
         Raises BackendUnavailableError, DeviceError for what cannot run there.
         """
 
+    def choices(self, backend: str) -> dict[str, str]:
+        """What that backend would choose here where several ways give other bits."""
+        return {}
+
+    def choose(self, backend: str, choices: dict[str, str]) -> None:
+        """It computes as `choices` says from now on."""
+        return  # most choose nothing
+
     @abstractmethod
     def model(self, config: ModelConfig) -> nn.Module: ...
 

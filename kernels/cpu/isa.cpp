@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "bias_act.h"
 #include "embed.h"
+#include "products.h"
 
 #define NAMED_(prefix, isa) prefix##isa
 #define NAMED(prefix, isa) NAMED_(prefix, isa)
@@ -21,7 +22,9 @@ static void keep(uint8_t* out, uint64_t row0, int rows, uint64_t block0, int blo
 template <class S>
 constexpr StorageKernels<S> storage_kernels() {
   return {attention_forward<S>, attention_backward<S>, add_norm_forward<S>,
-          add_norm_backward<S>, bias_act_forward<S>,   bias_act_backward<S>};
+          add_norm_backward<S>, bias_act_forward<S>,   bias_act_backward<S>,
+          pack_panel<typename Unit<S>::Type>, linear_forward<S>, weight_gradient<S>,
+          Unit<S>::Type::PER};
 }
 
 }  // namespace FASTTX_ISA
@@ -29,10 +32,14 @@ constexpr StorageKernels<S> storage_kernels() {
 extern const Kernels NAMED(fasttx_kernels_, FASTTX_ISA);
 const Kernels NAMED(fasttx_kernels_, FASTTX_ISA) = {
     TEXT(FASTTX_ISA),
+    FASTTX_ISA::GN,
     FASTTX_ISA::storage_kernels<float>(),
     FASTTX_ISA::storage_kernels<Bf16>(),
     FASTTX_ISA::attention_scratch,
     FASTTX_ISA::row_scratch,
+    FASTTX_ISA::product_scratch,
+    FASTTX_ISA::gradient_scratch,
+    FASTTX_ISA::product_rows,
     FASTTX_ISA::embed_forward,
     FASTTX_ISA::embed_backward,
     FASTTX_ISA::keep,

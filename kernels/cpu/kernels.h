@@ -77,6 +77,35 @@ struct BiasAct {
   Dropout dropout;
 };
 
+// (n, k) floats, by strides, of which one is 1.
+struct Matrix {
+  const float* data;
+  int64_t row, column;
+};
+
+enum class Act { NONE, RELU, GELU };
+
+// y = dropout(act(x W^T + bias)); x (rows, k), y (rows, n), contiguous. W is packed.
+// With `gate`, the backward pass through what followed another product: y = (x W^T) dropout' act'.
+template <class S>
+struct Linear {
+  const S* x;
+  const float* bias;            // (n,), or null
+  const S* gate;                // what came out of relu and dropout, what went into gelu; or null
+  S *before, *y;                // before: what goes into act, or null
+  int64_t rows, n, k;
+  Act act;
+  Dropout dropout;
+};
+
+// dw = g^T x, dbias = the sum of g's rows; g (rows, n), x (rows, k), contiguous.
+template <class S>
+struct WeightGradient {
+  const S *g, *x;
+  float *dw, *dbias;            // (n, k), (n,); dbias may be null
+  int64_t rows, n, k;
+};
+
 // h = dropout(table[ids] * scale + positions[position_ids]). (rows, columns), contiguous.
 struct Embed {
   const int64_t* ids;           // (rows,)
@@ -104,16 +133,30 @@ struct StorageKernels {
   // partial (columns,): dbias of this share.
   void (*bias_act_backward)(const BiasAct<S>&, int64_t first, int64_t last, float* partial,
                             char* scratch);
+  // One panel of W (n, k), into panel * parts(k, unit) floats.
+  void (*pack_panel)(const Matrix&, int64_t n, int64_t k, int64_t panel, float* out);
+  // Rows [r0, r1), at most product_rows(k), and panels [p0, p1), whose first one `packed` begins with.
+  void (*linear_forward)(const Linear<S>&, const float* packed, int64_t r0, int64_t r1, int64_t p0,
+                         int64_t p1, char* scratch);
+  // dw[n0:n1, k0:k1], where k0 is a multiple of `panel`; dbias[n0:n1] where k0 is 0.
+  void (*weight_gradient)(const WeightGradient<S>&, int64_t n0, int64_t n1, int64_t k0, int64_t k1,
+                          char* scratch);
+  int64_t unit;  // numbers that are multiplied as one
 };
 
 struct Kernels {
   const char* name;
+  int64_t panel;  // columns of a packed panel
   StorageKernels<float> float32;
   StorageKernels<Bf16> bfloat16;
   // Bytes of scratch for one sequence of this length.
   size_t (*attention_scratch)(int64_t len, int64_t head_dim, bool backward);
   // Bytes of scratch for rows of this many columns.
   size_t (*row_scratch)(int64_t columns);
+  // Bytes of scratch for a block of rows, and for a block (n, k) of a weight's gradient.
+  size_t (*product_scratch)(int64_t n, int64_t k);
+  size_t (*gradient_scratch)(int64_t n, int64_t k);
+  int64_t (*product_rows)(int64_t k);
   void (*embed_forward)(const Embed&, int64_t first, int64_t last, char* scratch);
   // The rows of dtable whose id leaves this remainder, so that no two threads write to one row.
   void (*embed_backward)(const Embed&, int64_t remainder, int64_t divisor, char* scratch);

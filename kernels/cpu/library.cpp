@@ -19,7 +19,8 @@
 #endif
 
 #if defined(__x86_64__) || defined(_M_X64)
-extern const Kernels fasttx_kernels_avx512, fasttx_kernels_avx2, fasttx_kernels_baseline;
+extern const Kernels fasttx_kernels_avx512bf16, fasttx_kernels_avx512, fasttx_kernels_avx2,
+    fasttx_kernels_baseline;
 #elif defined(__ARM_NEON)
 extern const Kernels fasttx_kernels_neon;
 #else
@@ -35,14 +36,15 @@ constexpr int64_t QUERY_SHARE = 512;    // queries a thread takes at a time, of 
 // ---- instruction sets ----------------------------------------------------------------------------
 
 const Kernels* const* supported() {
-  static const Kernels* found[4] = {};  // best first
+  static const Kernels* found[5] = {};  // best first
   static const bool once = [] {
     int n = 0;
 #if defined(__x86_64__) || defined(_M_X64)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      found[n++] = &fasttx_kernels_avx512;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[n++] = &fasttx_kernels_avx512bf16;
+    if (avx512) found[n++] = &fasttx_kernels_avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       found[n++] = &fasttx_kernels_avx2;
     found[n++] = &fasttx_kernels_baseline;
@@ -103,6 +105,63 @@ int64_t share_sums(int threads, int64_t rows, int64_t columns, std::initializer_
   return code;
 }
 
+// ---- products ------------------------------------------------------------------------------------
+
+constexpr int64_t THREAD_WORK = 1 << 18;  // multiplications that are worth another thread
+
+int worthwhile(int threads, int64_t work) {
+  return (int)std::min<int64_t>(threads, std::max<int64_t>(1, work / THREAD_WORK));
+}
+
+thread_local Room packed_room;  // a weight, as panels
+
+// y of `a`, whose weight is not packed. Many rows: the weight is packed once, and blocks of rows are
+// shared out. Few: the panels are, and each is packed by the thread that multiplies with it.
+template <class S>
+int64_t multiply(const StorageKernels<S>& k, const Linear<S>& a, const Matrix& w, int threads) {
+  const int64_t panels = shares(a.n, kernels().panel), depth = shares(a.k, k.unit);
+  const int64_t panel = depth * kernels().panel;
+  const size_t scratch = kernels().product_scratch(a.n, a.k);
+  threads = worthwhile(threads, a.rows * a.n * a.k);
+  if (a.rows <= kernels().product_rows(a.k)) {
+    const int64_t items = std::min<int64_t>(threads, panels);
+    const size_t own = shares(shares(panels, items) * panel * sizeof(float), 64) * 64;
+    return share_out(threads, items, own + scratch, [&](int64_t i, char* space) {
+      const int64_t first = panels * i / items, last = panels * (i + 1) / items;
+      float* packed = reinterpret_cast<float*>(space);
+      for (int64_t p = first; p < last; p++) k.pack_panel(w, a.n, a.k, p, packed + (p - first) * panel);
+      k.linear_forward(a, packed, 0, a.rows, first, last, space + own);
+    });
+  }
+  float* packed = reinterpret_cast<float*>(packed_room.of(panels * panel * sizeof(float)));
+  if (!packed) return NO_MEMORY;
+  if (int64_t code = share_out(threads, panels, 64, [&](int64_t p, char*) {
+        k.pack_panel(w, a.n, a.k, p, packed + p * panel);
+      }))
+    return code;
+  const int64_t block = std::min(kernels().product_rows(a.k), shares(a.rows, threads));
+  return share_out(threads, shares(a.rows, block), scratch, [&](int64_t i, char* space) {
+    k.linear_forward(a, packed, i * block, std::min(a.rows, (i + 1) * block), 0, panels, space);
+  });
+}
+
+// Each thread has a block of dw, as square as can be: a block's sides are what is packed for it.
+template <class S>
+int64_t sum_products(const StorageKernels<S>& k, const WeightGradient<S>& a, int threads) {
+  threads = worthwhile(threads, a.rows * a.n * a.k);
+  const int64_t panel = kernels().panel, panels = shares(a.k, panel);
+  int64_t over_n = 1;
+  for (int64_t t = 2; t <= threads; t++)
+    if (threads % t == 0 && a.n / t + a.k * t / threads < a.n / over_n + a.k * over_n / threads) over_n = t;
+  const int64_t over_k = threads / over_n;
+  const size_t scratch = kernels().gradient_scratch(shares(a.n, over_n), shares(panels, over_k) * panel);
+  return share_out(threads, threads, scratch, [&](int64_t i, char* space) {
+    const int64_t x = i % over_n, y = i / over_n;
+    k.weight_gradient(a, a.n * x / over_n, a.n * (x + 1) / over_n, panels * y / over_k * panel,
+                      std::min(a.k, panels * (y + 1) / over_k * panel), space);
+  });
+}
+
 // ---- spans ---------------------------------------------------------------------------------------
 
 // Rows that belong to a sequence, in `covered`; the first sequence (from 1) that leaves the rows or
@@ -149,7 +208,7 @@ std::vector<Item> items_of(const Spans& a, int64_t batch, int64_t share) {
 
 // Changes with the arguments below, and with kernels/cpu/library.py, which asks for it: a library
 // that was built before the Python beside it would read other arguments than it is given.
-API int64_t fasttx_interface() { return 2; }
+API int64_t fasttx_interface() { return 3; }
 
 // The sets that this machine runs, best first, separated by spaces.
 API const char* fasttx_instruction_sets() {
@@ -310,6 +369,29 @@ API int64_t fasttx_bias_act_backward(int bfloat16, const void* u, const float* b
                       [&](int64_t first, int64_t last, float* partial, char* scratch) {
       k.bias_act_backward(a, first, last, partial, scratch);
     });
+  });
+}
+
+// y (rows, n) = dropout(act(x W^T + bias)); W (n, k) by strides, of which one is 1. bias, gate and
+// before (rows, n) may be null: see Linear.
+API int64_t fasttx_linear_forward(int bfloat16, const void* x, const float* w, int64_t w_row,
+                                  int64_t w_column, const float* bias, const void* gate, void* before,
+                                  void* y, int64_t rows, int64_t n, int64_t k, int act, int64_t seed,
+                                  uint32_t threshold, int threads) {
+  return in_storage(bfloat16, [&](const auto& kernels) {
+    using S = decltype(storage_of(kernels));
+    const Linear<S> a = {(const S*)x, bias, (const S*)gate, (S*)before, (S*)y, rows, n, k, (Act)act,
+                         {(uint64_t)seed, threshold}};
+    return multiply(kernels, a, Matrix{w, w_row, w_column}, threads);
+  });
+}
+
+// dw (n, k) = g^T x, and the sum of g's rows in dbias, unless it is null.
+API int64_t fasttx_weight_gradient(int bfloat16, const void* g, const void* x, float* dw, float* dbias,
+                                   int64_t rows, int64_t n, int64_t k, int threads) {
+  return in_storage(bfloat16, [&](const auto& kernels) {
+    using S = decltype(storage_of(kernels));
+    return sum_products(kernels, WeightGradient<S>{(const S*)g, (const S*)x, dw, dbias, rows, n, k}, threads);
   });
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-INTERFACE = 2  # of library.cpp; another number means arguments that do not fit SIGNATURES
+INTERFACE = 3  # of library.cpp; another number means arguments that do not fit SIGNATURES
 NO_MEMORY = -1  # what a function returns where scratch could not be had
 
 
@@ -43,6 +43,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "add_norm_backward": [_I, *[_P] * 11, _L, _L, *_DROPOUT],
     "bias_act_forward": [_I, *[_P] * 3, _L, _L, _I, *_DROPOUT],
     "bias_act_backward": [_I, *[_P] * 6, _L, _L, _I, *_DROPOUT],
+    "linear_forward": [_I, _P, _P, _L, _L, *[_P] * 4, _L, _L, _L, _I, *_DROPOUT],
+    "weight_gradient": [_I, *[_P] * 4, _L, _L, _L, _I],
     "embed_forward": [*[_P] * 5, _L, _L, _L, _L, _F, *_DROPOUT],
     "embed_backward": [*[_P] * 3, _L, _L, _L, _F, *_DROPOUT],
 }

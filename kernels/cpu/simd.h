@@ -19,7 +19,9 @@
 #define INLINE static inline __attribute__((always_inline))
 
 // Each set has names of its own: nothing compiled for one may be called from another.
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+#define FASTTX_ISA avx512bf16
+#elif defined(__AVX512F__)
 #define FASTTX_ISA avx512
 #elif defined(__AVX2__)
 #define FASTTX_ISA avx2

@@ -20,8 +20,9 @@ OPERATIONS = [name for name in vars(Operations) if not name.startswith("_")]
 
 
 def test_there_are_five_operations():
-    """And attention a second time, of projections that lie apart."""
-    assert OPERATIONS == ["attention", "attention_qkv", "embed", "add_norm", "bias_act", "linear"]
+    """And attention a second time, of projections that lie apart; and three of them as one."""
+    five = ["attention", "attention_qkv", "embed", "add_norm", "bias_act", "linear"]
+    assert [*five, "feed_forward"] == OPERATIONS
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -33,7 +34,7 @@ def test_no_backend_has_entries_of_its_own(name):
     except ImportError as error:
         pytest.skip(f"{name} cannot be imported here: {error}")
     assert isinstance(operations, Operations)
-    for operation in set(OPERATIONS) - {"linear"}:
+    for operation in OPERATIONS:
         assert getattr(type(operations), operation) is getattr(Operations, operation), operation
     reasons = inspect.signature(adapter.unavailable_reasons).parameters
     assert list(reasons) == ["device", "dtype", "head_dim"]
@@ -58,6 +59,11 @@ def test_shapes_that_do_not_fit_are_refused(target):
         (lambda: ops.add_norm(x, x, bias, bias[:7], bias, NO_DROPOUT), r"gamma has shape \(7,\)"),
         (lambda: ops.bias_act(x, bias[:7], NO_DROPOUT, "relu"), r"bias has shape \(7,\)"),
         (lambda: ops.bias_act(q, bias, NO_DROPOUT, "relu"), r"u has shape \(4, 1, 8\)"),
+        (lambda: ops.linear(x, x[:, :7]), r"x and weight have shapes \(4, 8\) and \(4, 7\)"),
+        (lambda: ops.linear(q, x), r"x and weight have shapes \(4, 1, 8\) and \(4, 8\)"),
+        (lambda: ops.feed_forward(x, x, x[:, 0], x, NO_DROPOUT, "relu"), r"n, up and down have"),
+        (lambda: ops.feed_forward(x, x, bias, x.T, NO_DROPOUT, "relu"), r"bias has shape \(8,\)"),
+        (lambda: ops.linear(x, x, bias), r"bias has shape \(8,\); expected \(4,\)"),
         (lambda: ops.bias_act(x, bias, NO_DROPOUT, "swish"), "'swish'; expected one of relu, gelu"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -51,7 +51,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.use_instruction_set(before)
 
 
-OPERATIONS = ("embed", "add_norm", "relu", "gelu")
+OPERATIONS = ("embed", "add_norm", "relu", "gelu", "linear", "feed_forward")
 
 
 def row_case(op: str, rows: int, columns: int) -> RowCase:

@@ -33,6 +33,7 @@ ROWS = {
     "relu": RowCase("bias_act", 5, 8),
     "gelu": RowCase("bias_act", 5, 8, "gelu"),
     "linear": RowCase("linear", 5, 8),
+    "feed_forward": RowCase("feed_forward", 5, 8),
 }
 OPERATIONS = ("attention", "attention_qkv", *ROWS)
 FUSED = [target for target in TARGETS if isinstance(target.operations, FusedOperations)]

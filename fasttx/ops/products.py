@@ -1,0 +1,96 @@
+"""Who multiplies the matrices of linear layers on the `cpu` backend: its own kernels, or torch.
+
+torch's library is the faster one on some processors, and less than half as fast on others. So both
+are timed once a process. A run keeps what was chosen, and goes on with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fasttx.errors import ConfigError
+from fasttx.kernels.cpu import library, linear
+
+VARIABLE = "FASTTX_PRODUCTS"
+OWN, TORCH = "own", "torch"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# torch has to be so many times as fast: only its own kernels keep a row's bits whatever the batch.
+ADVANTAGE = 1.15
+ROWS, INPUTS, OUTPUTS, ROUNDS = 512, 256, 768, 5
+
+log = logging.getLogger("fasttx")
+
+
+def choices() -> dict[str, str]:
+    """`OWN` or `TORCH` for each of `DTYPES`: by the environment variable, or as `measured`.
+
+    Raises ConfigError for a variable with another value.
+    """
+    given = os.environ.get(VARIABLE, "")
+    if not given:
+        return dict(measured())
+    if given not in (OWN, TORCH):
+        raise ConfigError(
+            f"the environment variable {VARIABLE} is {given!r}; expected {OWN}, {TORCH}, or none: "
+            "then the faster one is chosen"
+        )
+    return dict.fromkeys(DTYPES, given)
+
+
+@functools.cache  # once: the measurement and its log line
+def measured() -> dict[str, str]:
+    """What is faster on this machine, with the number of threads that torch has now."""
+    found, said = {}, []
+    for name, dtype in DTYPES.items():
+        if dtype == torch.bfloat16 and library.instruction_set() != "avx512bf16":
+            # Nothing to time: without the instruction torch takes a tenth of float32's rate.
+            found[name] = OWN
+            continue
+        own, others = rates(dtype)
+        found[name] = TORCH if others > ADVANTAGE * own else OWN
+        said.append(f"{name} {own / others:.2f} times as fast as torch's")
+    chosen = "; ".join(f"{name}: {who}" for name, who in found.items())
+    log.info("products of linear layers: %s (ours in %s)", chosen, ", ".join(said))
+    return found
+
+
+def rates(dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a product and a weight's gradient: ours, and torch's. In turn; the best of each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, g, weight = draw(ROWS, INPUTS), draw(ROWS, OUTPUTS), draw(OUTPUTS, INPUTS)
+    wide = weight.float()
+    y, dweight = torch.empty_like(g), torch.empty_like(wide)
+
+    def own() -> None:
+        linear.forward(x, wide, None, y)
+        linear.backward(g, x, dweight, None)
+
+    def others() -> None:
+        F.linear(x, weight)
+        torch.mm(g.t(), x)
+
+    best = {own: float("inf"), others: float("inf")}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for _ in range(ROUNDS):
+            for run in best:
+                best[run] = min(best[run], _seconds(run))
+    flop = 4 * ROWS * INPUTS * OUTPUTS
+    return flop / best[own], flop / best[others]
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
