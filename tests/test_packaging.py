@@ -10,12 +10,14 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Iterator
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
@@ -70,6 +72,22 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 def kernel_leaves(root: Path) -> list[str]:
     files = (p for p in (root / "kernels").glob("*/*") if p.suffix in {".py", ".metal", ".cpp"})
     return sorted({p.parent.name for p in files} - {"__pycache__"})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Builds here are not optimised, which takes a tenth of the time. One that is optimised has
+    installed what the other tests run on."""
+    if COMPILER is None:
+        yield
+        return
+    path = tmp_path_factory.mktemp("compiler") / "c++"
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(COMPILER)} "$@" -O0\n')
+    path.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("CC", "CXX"):
+            patch.setenv(name, str(path))
+        yield
 
 
 @pytest.fixture(scope="module")

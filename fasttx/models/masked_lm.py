@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
@@ -71,8 +70,8 @@ class MaskedLanguageModel(Encoder):
             raise ValueError(f"rows has shape {tuple(rows.shape)}; expected (M,)")
         x = self.head(encoded.n[rows], self._ops)
         if labels is None:
-            return F.linear(x, self.embedding, self.head.bias)
-        return linear_cross_entropy(x, self.embedding, self.head.bias, labels)
+            return self._ops.linear(x, self.embedding, self.head.bias)
+        return linear_cross_entropy(x, self.embedding, self.head.bias, labels, self._ops.linear)
 
 
 def mask_words(

@@ -7,6 +7,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// What has code here is in the object of every set. Where it is not inlined, the linker keeps one copy,
+// which may be that of a set that this machine lacks.
+#define ALWAYS_INLINE __attribute__((always_inline))
+
 // bfloat16: the upper half of a float.
 struct Bf16 {
   uint16_t bits;
@@ -18,14 +22,14 @@ struct View {
   T* data;
   int64_t row, head;
 
-  T* at(int64_t r, int64_t h) const { return data + r * row + h * head; }
+  ALWAYS_INLINE T* at(int64_t r, int64_t h) const { return data + r * row + h * head; }
 };
 
 struct Dropout {
   uint64_t seed;
   uint32_t threshold;  // keep where a 16-bit uniform is at least this; 0: no dropout
 
-  float scale() const { return threshold < 65536 ? 65536.0f / (65536 - threshold) : 0.0f; }
+  ALWAYS_INLINE float scale() const { return threshold < 65536 ? 65536.0f / (65536 - threshold) : 0.0f; }
 };
 
 // Attention, but for the tensors that S stores.

@@ -23,6 +23,7 @@ from fasttx.config import RECIPES
 from fasttx.errors import CheckpointError, FasttxError
 from fasttx.ops import registry
 from fasttx.training.folder import RunFolder
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -61,17 +62,13 @@ def environment(**extra: str) -> dict[str, str]:
 def train(
     *arguments: object, cwd: Path, launcher: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess:
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
-    )
+    command = [*launcher, str(ROOT / "train.py"), *map(str, arguments)]
+    return forks.run(command, cwd, environment(), timeout=300)
 
 
 def command(*arguments: object, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "fasttx", *map(str, arguments)], cwd=cwd, env=environment(),
-        input=stdin, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    asked = ["-m", "fasttx", *map(str, arguments)]
+    return forks.run(asked, cwd, environment(), input=stdin, timeout=120)
 
 
 @pytest.fixture(scope="module")

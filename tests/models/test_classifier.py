@@ -355,7 +355,7 @@ class Recorder(ReferenceOperations):
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
-        if name not in ("attention", "embed", "add_norm", "bias_act"):
+        if name not in ("attention", "embed", "add_norm", "feed_forward", "bias_act"):
             return found
 
         def noted(*args: Any) -> Any:
@@ -373,7 +373,7 @@ def test_every_site_has_its_dropout_and_its_seed(monkeypatch, training, p_attent
     monkeypatch.setattr(registry, "resolve", lambda *where: recorder)
     model = small("reference", dropout=0.5, attention_dropout=p_attention).train(training)
     model(padded(TEXTS), seed=seed_on("cpu", 5))
-    block = ["attention", "add_norm", "bias_act", "add_norm"]
+    block = ["attention", "add_norm", "feed_forward", "add_norm"]
     names = ["embed", *block, *block, "bias_act"]
     assert [name for name, _, _ in recorder.sites] == names
     if training:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from fasttx.config import RECIPES, ModelConfig, PretrainConfig, TrainConfig
 from fasttx.errors import CheckpointError
+from fasttx.ops import registry
+from fasttx.ops.registry import BACKENDS
 from fasttx.tasks import TASKS, TaskEntry, classification, read_config
 from fasttx.text import splits as data
 from fasttx.text.packing import PackedBatch, RaggedIds, pack
@@ -53,6 +56,43 @@ def rewritten(folder: Path, **changes: object) -> Path:
 
 def test_a_config_from_before_there_were_tasks_is_a_classification(tmp_path: Path) -> None:
     assert read_config(rewritten(tmp_path, task="gone"), "classification").task == "classification"
+
+
+@pytest.mark.skipif(
+    bool(BACKENDS["cpu"].unavailable_reasons("cpu", torch.float32, 8)), reason="needs a compiler"
+)
+@pytest.mark.parametrize("before", ["torch", "own", None])
+def test_a_resumed_run_multiplies_as_it_began(tmp_path, monkeypatch, before) -> None:
+    """Whatever would be chosen now. None: a run of the time before there was a choice."""
+    monkeypatch.setenv("FASTTX_PRODUCTS", before or "own")
+    task, folder = TASKS["classification"].load(), RunFolder(tmp_path / "run")
+    config = replace(
+        RECIPES["demo"], dataset="demo", device="cpu", train_samples=64, test_samples=16,
+        model=ModelConfig(
+            60, d_model=16, num_heads=2, num_layers=1, d_ff=32, max_len=16, attn_backend="cpu"
+        ),
+    )  # fmt: skip
+    source = data.resolve("demo")
+    runs.create(task, config, source, "demo", folder.path, Processes()).folder.close()
+    if before is None:
+        values = json.loads(folder.config.read_text())
+        assert values.pop("choices") == {"float32": "own", "bfloat16": "own"}
+        keep(folder, values)
+    now = {None: "own", "own": "torch", "torch": "own"}[before]
+    monkeypatch.setenv("FASTTX_PRODUCTS", now)
+    registry.choose("cpu", registry.choices("cpu"))
+    assert multiplies() == now
+    run = runs.resume(task, folder, read_config(folder.config, task.name), Processes())
+    try:
+        assert multiplies() == (before or "torch")
+    finally:
+        run.folder.close()
+        registry.choose("cpu", dict.fromkeys(("float32", "bfloat16"), "own"))
+
+
+def multiplies() -> str:
+    (who,) = set(registry.descriptions("cpu")["cpu"]["products"].values())
+    return who
 
 
 @pytest.mark.parametrize(
