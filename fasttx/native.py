@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +110,12 @@ class _Packed:
         # What a module is made of. A tensor that is changed in place counts its version up, unless
         # it is changed through `.data` or NumPy: then its numbers show it. One whose memory is
         # exchanged has another address.
-        parents = [m._modules for m in modules if m._modules]
-        holders = [*parents, *(m._parameters for m in modules if m._parameters), model._buffers]
+        parents: list[dict[str, Any]] = [m._modules for m in modules if m._modules]
+        holders: list[dict[str, Any]] = [
+            *parents,
+            *(m._parameters for m in modules if m._parameters),
+            model._buffers,
+        ]
         self._parents, self._counts = parents, list(map(len, parents))
         self._held_in = [held for held in holders for _ in held]
         self._names = [name for held in holders for name in held]
@@ -133,7 +137,7 @@ class _Packed:
             not any(self._hooks)
             and all(getattr(c, name) is forward for c, name, forward in _FORWARDS)
             and list(map(len, self._parents)) == self._counts
-            and all(map(operator.is_, map(dict.get, self._held_in, self._names), self._parts))
+            and all(map(operator.is_, map(_PART, self._held_in, self._names), self._parts))
             and self._current_state() == self._state
             and True not in ["forward" in names for names in self._own_names]
             and [m.eps for m in self._norms] == self._eps
@@ -165,6 +169,7 @@ class _Packed:
         return logits
 
 
+_PART: Callable[[dict[str, Any], str], Any] = dict.get
 _VERSION = operator.attrgetter("_version")
 
 
