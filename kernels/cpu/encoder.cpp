@@ -122,8 +122,6 @@ API int64_t fasttx_encoder_forward(const void* model, const int32_t* ids, const 
     if (offsets[b + 1] < offsets[b] || offsets[b + 1] - offsets[b] > m.places) return -2 - b;
   for (int64_t r = offsets[0]; r < offsets[batch]; r++)
     if (ids[r] < 0 || ids[r] >= m.vocabulary) return r - offsets[0] + 1;
-  const int64_t rows = offsets[batch] - offsets[0];
-  if (split == (int)Split::BY_SIZE) threads = (int)std::min<int64_t>(threads, std::max<int64_t>(1, rows));
 
   const Texts texts = {ids, offsets, batch, logits};
   int64_t phases = 0;

@@ -41,13 +41,11 @@ struct Bytes {
   static constexpr int PER = 2;
   static constexpr int OFFSET = 0;
   INLINE F multiply_add(F sum, F a, F b) {
-// The addition by hand, into the register of the sum: a compiler that renames it needs one more than
-// there are.
 #if defined(__AVX512F__)
-    const __m512i products = _mm512_madd_epi16((__m512i)a, (__m512i)b);
-    asm("vpaddd %1, %0, %0" : "+v"(sum) : "v"(products));
-    return sum;
+    return (F)((I)sum + (I)_mm512_madd_epi16((__m512i)a, (__m512i)b));
 #elif defined(__AVX2__)
+    // The addition by hand, into the register of the sum: a compiler that renames it needs one
+    // register more than there are.
     const __m256i products = _mm256_madd_epi16((__m256i)a, (__m256i)b);
     asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
     return sum;

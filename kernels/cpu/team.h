@@ -86,7 +86,7 @@ class Word {
 
 constexpr int64_t SPIN = 20'000;         // ns that a thread spins for a phase to end, then it sleeps
 constexpr int64_t IDLE_SPIN = 60'000;    // ns that a helper spins for the next job
-constexpr int64_t STALL = 150'000;       // ns that a thread which holds an item may be late
+constexpr int64_t STALL = 150'000;       // ns that others may be late in a call
 constexpr int64_t SHORTEST_PAUSE = 50'000'000, LONGEST_PAUSE = 2'000'000'000;  // ns alone after a stall
 
 struct alignas(128) Phase {
@@ -143,8 +143,8 @@ inline void wait_for(Phase& phase) {
   phase.asleep.fetch_sub(1);
 }
 
-// Takes items of each phase in turn. The longest that somebody else kept this thread waiting, beyond
-// what an item took here, in ns.
+// Takes items of each phase in turn. How long others kept this thread waiting, beyond what items took
+// here, in ns.
 inline int64_t work(Job& job, int thread) {
   int64_t stalled = 0;
   for (int64_t p = 0; p < job.count; p++) {
@@ -160,7 +160,7 @@ inline int64_t work(Job& job, int thread) {
     const int64_t end = nanoseconds();
     wait_for(phase);
     const int64_t an_item = mine ? (end - begin) / mine : 0;
-    stalled = std::max(stalled, nanoseconds() - end - 2 * an_item);
+    stalled += std::max<int64_t>(0, nanoseconds() - end - 2 * an_item);
   }
   return stalled;
 }
@@ -181,10 +181,11 @@ class Team {
       for (int64_t p = 0; p < job.count; p++)
         for (int64_t i = 0; i < job.phases[p].items; i++) job.run(job.context, p, i, 0);
     } else {
+      const int64_t begin = nanoseconds();
       post(job, threads - 1);
       const int64_t stalled = work(job, 0);
       withdraw(job);
-      remember(stalled);
+      remember(stalled, nanoseconds() - begin);
     }
     calls_.fetch_sub(1);
     job.leave();
@@ -251,9 +252,10 @@ class Team {
     return !failed;
   }
 
-  void remember(int64_t stalled) {
+  // A call that waited for a quarter of its time would have been as fast alone.
+  void remember(int64_t stalled, int64_t duration) {
     int64_t pause = pause_.load(std::memory_order_relaxed);
-    if (stalled > stall_) {
+    if (stalled > std::max(stall_, duration / 4)) {
       alone_until_.store(nanoseconds() + pause, std::memory_order_relaxed);
       pause = std::min(2 * pause, LONGEST_PAUSE);
     } else {
