@@ -43,7 +43,7 @@ AVX512 = [
     "-mprefer-vector-width=512",
 ]  # fmt: skip
 X86_SETS = {
-    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
     "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
     "baseline": [],
@@ -66,8 +66,9 @@ class BuildCpuKernels(build_ext):
             raise CompileError("the CPU kernels need GCC or Clang (vector extensions)")
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         sets = X86_SETS if x86 else {"native": []}
-        library, isa = ext.sources
-        jobs = [(library, "library", []), *((isa, name, flags) for name, flags in sets.items())]
+        *interface, isa = ext.sources
+        jobs = [(source, Path(source).stem, []) for source in interface]
+        jobs += [(isa, name, flags) for name, flags in sets.items()]
         with ThreadPoolExecutor(len(jobs)) as pool:
             objects = list(pool.map(lambda job: self._compile(*job), jobs))
         self.compiler.link_shared_object(
@@ -149,7 +150,7 @@ setup(
     ext_modules=[
         Extension(
             "fasttx.kernels.cpu._native",
-            [f"{CPU_KERNELS}/library.cpp", f"{CPU_KERNELS}/isa.cpp"],
+            [f"{CPU_KERNELS}/{name}.cpp" for name in ("library", "encoder", "isa")],
             depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / CPU_KERNELS).glob("*.h"))],
             language="c++",
             optional=True,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from fasttx import device as devices
 from fasttx.errors import CheckpointError, ConfigError, NotFiniteError, TokenizerError
 from fasttx.models.classifier import TransformerClassifier
+from fasttx.native import PRECISIONS, NativeClassifier
 from fasttx.tasks import read_config
 from fasttx.text.packing import RaggedIds
 from fasttx.text.reading import mean_of_windows, read
@@ -34,7 +36,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TextClassifier:
-    """What `fasttx.load` returns: `model`, `tokenizer`, and `predict`."""
+    """What `fasttx.load` returns: `model`, `tokenizer`, and `predict`.
+
+    On the CPU `predict` and `logits` go through `native`, one call of the library, wherever it
+    applies to the model as it is then; elsewhere through the model.
+    """
 
     model: TransformerClassifier
     tokenizer: Tokenizer
@@ -42,6 +48,11 @@ class TextClassifier:
     truncation: str
     long_texts: str
     device: torch.device
+    precision: str = "fp32"
+    native: NativeClassifier = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "native", NativeClassifier(self.model, self.precision))
 
     def encode(self, texts: Sequence[str]) -> RaggedIds:
         """Token ids as the model was trained on them, truncation included: one sequence a text."""
@@ -60,8 +71,17 @@ class TextClassifier:
             raise ConfigError(f"batch_size is {batch_size!r}; expected at least 1 text at a time")
         ids = self.tokenizer.encode_batch(texts)
         windows, owner = self.read(ids)
-        logits = predict_logits(self.model, windows, self.device, batch_size=batch_size)
+        logits = self.native.logits(windows, batch_size=batch_size)
+        if logits is None:
+            logits = self._model_logits(windows, batch_size)
         return checked_finite(mean_of_windows(logits, owner), texts)
+
+    def _model_logits(self, ids: RaggedIds, batch_size: int) -> Tensor:
+        if self.precision == "int8":  # which torch's products do not have
+            self.native.require()
+        return predict_logits(
+            self.model, ids, self.device, batch_size=batch_size, precision=self.precision
+        )
 
     def predict(self, texts: Sequence[str], *, batch_size: int = 64) -> list[Prediction]:
         """One Prediction a text, in order. Raises TypeError for a bare string."""
@@ -79,6 +99,8 @@ class TextClassifier:
 
 def checked_finite(logits: Tensor, texts: Sequence[str]) -> Tensor:
     """`logits` (texts, num_classes); raises NotFiniteError where a text's answer is not finite."""
+    if math.isfinite(logits.sum().item()):  # as no sum of something else is
+        return logits
     bad = (~logits.isfinite().all(-1)).nonzero().flatten().tolist()
     if bad:
         text = texts[bad[0]]
@@ -92,13 +114,18 @@ def checked_finite(logits: Tensor, texts: Sequence[str]) -> Tensor:
 
 
 def load(
-    run: str | Path, *, device: str = "auto", attn_backend: str | None = None
-) -> TextClassifier:
+    run: str | Path, *, device: str = "auto", attn_backend: str | None = None,
+    precision: str = "fp32",
+) -> TextClassifier:  # fmt: skip
     """The best model of a run folder, ready to predict.
 
     `attn_backend` overrides the run's own choice (which `auto` makes again, for this machine).
+    `precision` is how its products are computed: fp32; bf16, which on a CPU without bfloat16
+    products is torch's autocast; int8, by backend `cpu` only.
     Raises CheckpointError, naming the file, for what is missing, damaged or does not fit.
     """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     folder = RunFolder(Path(os.path.expanduser(run)))
     if not folder.path.is_dir():
         raise CheckpointError(f"{folder.path} is not a folder; expected one that train.py wrote")
@@ -123,11 +150,15 @@ def load(
     model = TransformerClassifier.from_config(model_config)
     load_weights(model, folder.best_model)
     where = devices.pick(device)
-    return TextClassifier(
+    classifier = TextClassifier(
         model.to(where).eval(),
         tokenizer,
         config.label_names,
         config.train.truncation,
         config.train.long_texts,
         where,
+        precision,
     )
+    if precision == "int8":
+        classifier.native.require()
+    return classifier

@@ -18,7 +18,9 @@ from fasttx.training.metrics import classification_metrics, format_metrics
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    classifier = load(args.run, device=args.device, attn_backend=args.attn_backend)
+    classifier = load(
+        args.run, device=args.device, attn_backend=args.attn_backend, precision=args.precision
+    )
     cut = "cut" if args.truncation else None  # where it says what to keep, it is cut
     reading = {"truncation": args.truncation, "long_texts": args.long_texts or cut}
     classifier = dataclasses.replace(classifier, **{k: v for k, v in reading.items() if v})
@@ -50,6 +52,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="measure a trained run on labelled texts")
     flags.add_run(parser)
     flags.add_inference(parser)
+    flags.add_precision(parser)
     parser.add_argument(
         "--dataset",
         help="imdb, demo, or a path, for its test split (default: the run's own validation split)",

@@ -218,6 +218,15 @@ def add_inference(parser: argparse.ArgumentParser, whose: str = "the run's") -> 
     add_json(parser)
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "bf16", "int8"),
+        help="how products are computed; int8 on the CPU only (default: fp32)",
+    )
+
+
 def add_out(parser: Any) -> None:
     parser.add_argument(
         "--out", type=path, metavar="DIR", help="new run folder (default: runs/...)"

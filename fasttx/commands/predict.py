@@ -74,7 +74,9 @@ def lines_of(content: bytes, where: str) -> list[str]:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    classifier = load(args.run, device=args.device, attn_backend=args.attn_backend)
+    classifier = load(
+        args.run, device=args.device, attn_backend=args.attn_backend, precision=args.precision
+    )
     texts = _read_texts(args)
     for text, p in zip(texts, classifier.predict(texts, batch_size=args.batch_size), strict=True):
         if args.json:
@@ -89,6 +91,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("predict", help="label texts with a trained run")
     flags.add_run(parser)
     flags.add_inference(parser)
+    flags.add_precision(parser)
     parser.add_argument("text", nargs="*", help="texts (default: lines of standard input)")
     parser.add_argument(
         "--file",

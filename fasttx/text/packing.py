@@ -55,6 +55,11 @@ class RaggedIds:
         """(texts,) int64."""
         return np.diff(self.offsets)
 
+    def fits(self, max_len: int) -> bool:
+        """Whether these are all of the values, and no text has more than `max_len`."""
+        all_of_them = self.offsets[0] == 0 and self.offsets[-1] == len(self.values)
+        return bool(all_of_them and self.lengths.max(initial=0) <= max_len)
+
     def _gather(self, starts: np.ndarray, lengths: np.ndarray) -> RaggedIds:
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
@@ -71,6 +76,8 @@ class RaggedIds:
         """Cut every text to at most `max_len` tokens: its head, its tail, or half of each."""
         if how not in TRUNCATIONS:
             raise ValueError(f"truncation {how!r}; expected one of {', '.join(TRUNCATIONS)}")
+        if self.fits(max_len):
+            return self
         lengths = np.minimum(self.lengths, max_len)
         if how == "head":
             return self._gather(self.offsets[:-1], lengths)

@@ -28,9 +28,9 @@ def read(
 ) -> tuple[RaggedIds, np.ndarray | None]:
     """The token ids that a model predicts from, by TrainConfig's truncation and long_texts.
 
-    The second value is None, or for windows (windows,) int64: the text of each window.
+    The second value is (windows,) int64, the text of each window, or None where each text is one.
     """
-    if long_texts == "windows":
+    if long_texts == "windows" and not ids.fits(max_len):
         return ids.windows(max_len)
     return ids.truncate(max_len, truncation), None
 

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "bias_act.h"
 #include "embed.h"
+#include "encoder.h"
 #include "products.h"
 
 #define NAMED_(prefix, isa) prefix##isa
@@ -29,6 +30,11 @@ constexpr StorageKernels<S> storage_kernels() {
 
 }  // namespace FASTTX_ISA
 
+static const EncoderKernels NAMED(encoder_, FASTTX_ISA) = {
+    FASTTX_ISA::encoder_offers, FASTTX_ISA::encoder_model_bytes, FASTTX_ISA::encoder_pack,
+    FASTTX_ISA::encoder_call_bytes, FASTTX_ISA::encoder_start, FASTTX_ISA::encoder_run,
+};
+
 extern const Kernels NAMED(fasttx_kernels_, FASTTX_ISA);
 const Kernels NAMED(fasttx_kernels_, FASTTX_ISA) = {
     TEXT(FASTTX_ISA),
@@ -43,4 +49,5 @@ const Kernels NAMED(fasttx_kernels_, FASTTX_ISA) = {
     FASTTX_ISA::embed_forward,
     FASTTX_ISA::embed_backward,
     FASTTX_ISA::keep,
+    &NAMED(encoder_, FASTTX_ISA),
 };

@@ -144,6 +144,8 @@ struct StorageKernels {
   int64_t unit;  // numbers that are multiplied as one
 };
 
+struct EncoderKernels;  // of encoder_kernels.h
+
 struct Kernels {
   const char* name;
   int64_t panel;  // columns of a packed panel
@@ -163,4 +165,5 @@ struct Kernels {
   // Keep bytes of counters (block0 + b, row0 + r, head, sequence), for tests.
   void (*keep)(uint8_t* out, uint64_t row0, int rows, uint64_t block0, int blocks, uint64_t head,
                uint64_t sequence, const Dropout&);
+  const EncoderKernels* encoder;
 };

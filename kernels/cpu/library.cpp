@@ -9,14 +9,9 @@
 #include <numeric>
 #include <vector>
 
+#include "interface.h"
 #include "kernels.h"
 #include "threads.h"
-
-#if defined(_WIN32)
-#define API extern "C" __declspec(dllexport)
-#else
-#define API extern "C" __attribute__((visibility("default")))
-#endif
 
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels fasttx_kernels_avx512bf16, fasttx_kernels_avx512, fasttx_kernels_avx2,
@@ -43,7 +38,8 @@ const Kernels* const* supported() {
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[n++] = &fasttx_kernels_avx512bf16;
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+      found[n++] = &fasttx_kernels_avx512bf16;
     if (avx512) found[n++] = &fasttx_kernels_avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       found[n++] = &fasttx_kernels_avx2;
@@ -61,10 +57,7 @@ const Kernels* const* supported() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-const Kernels& kernels() {
-  const Kernels* k = chosen.load(std::memory_order_relaxed);
-  return k ? *k : *supported()[0];
-}
+const Kernels& kernels() { return kernels_in_use(); }
 
 // ---- shares --------------------------------------------------------------------------------------
 
@@ -204,11 +197,16 @@ std::vector<Item> items_of(const Spans& a, int64_t batch, int64_t share) {
 
 }  // namespace
 
+const Kernels& kernels_in_use() {
+  const Kernels* k = chosen.load(std::memory_order_relaxed);
+  return k ? *k : *supported()[0];
+}
+
 // ---- the interface -------------------------------------------------------------------------------
 
 // Changes with the arguments below, and with kernels/cpu/library.py, which asks for it: a library
 // that was built before the Python beside it would read other arguments than it is given.
-API int64_t fasttx_interface() { return 3; }
+API int64_t fasttx_interface() { return 4; }
 
 // The sets that this machine runs, best first, separated by spaces.
 API const char* fasttx_instruction_sets() {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-INTERFACE = 3  # of library.cpp; another number means arguments that do not fit SIGNATURES
+INTERFACE = 4  # of library.cpp; another number means arguments that do not fit SIGNATURES
 NO_MEMORY = -1  # what a function returns where scratch could not be had
 
 
@@ -47,6 +47,11 @@ SIGNATURES: dict[str, list[Any]] = {
     "weight_gradient": [_I, *[_P] * 4, _L, _L, _L, _I],
     "embed_forward": [*[_P] * 5, _L, _L, _L, _L, _F, *_DROPOUT],
     "embed_backward": [*[_P] * 3, _L, _L, _L, _F, *_DROPOUT],
+    "encoder_offers": [_I],
+    "encoder_create": [_P, _I, _P],
+    "encoder_forward": [_P, _P, _P, _L, _P, _I, _I],
+    "encoder_changed": [_P],
+    "encoder_destroy": [_P],
 }
 
 

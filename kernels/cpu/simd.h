@@ -119,7 +119,9 @@ INLINE F broadcast(const float* p) {
   F v = _mm256_broadcast_ss(p);
   asm("" : "+x"(v));
 #else
-  F v = splat(*p);
+  int32_t bits;  // its bits as they are: a unit may hold whole numbers
+  memcpy(&bits, p, sizeof bits);
+  F v = (F)(I{} + bits);
 #endif
   return v;
 }

@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <atomic>
 
-namespace {
+#include "interface.h"
 
-constexpr int64_t NO_MEMORY = -1;
+namespace {
 
 using Body = void (*)(void*);
 using GompParallel = void (*)(Body, void*, unsigned threads, unsigned flags);

@@ -15,6 +15,7 @@ import torch
 import fasttx
 from fasttx.commands import cli
 from fasttx.errors import CheckpointError, ConfigError, NotFiniteError
+from fasttx.ops.registry import BACKENDS
 
 RUN = Path(__file__).resolve().parents[1] / "data" / "runs" / "classification-finished"
 
@@ -138,6 +139,54 @@ def test_an_answer_that_is_not_finite_is_an_error(capsys, monkeypatch) -> None:
 def test_a_batch_size_that_is_none(batch_size: Any) -> None:
     with pytest.raises(ConfigError, match="batch_size is"):
         fasttx.load(RUN, device="cpu").predict(["a"], batch_size=batch_size)
+
+
+# --- precisions -----------------------------------------------------------------------------------
+
+TEXTS = ["a good film", "", "bad, bad acting " * 40]
+needs_the_library = pytest.mark.skipif(
+    bool(BACKENDS["cpu"].unavailable_reasons("cpu", torch.float32, 32)),
+    reason="the C++ library was not built",
+)
+
+
+@needs_the_library
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("bf16", 0.02), ("int8", 0.02)])
+def test_every_precision_on_the_cpu(precision: str, error: float) -> None:
+    expected = fasttx.load(RUN, device="cpu", attn_backend="reference").logits(TEXTS)
+    classifier = fasttx.load(RUN, device="cpu", attn_backend="cpu", precision=precision)
+    logits = classifier.logits(TEXTS)
+    assert (logits - expected).abs().max() < error
+    applies = not classifier.native.unavailable_reasons()
+    assert applies or precision == "bf16"  # by autocast where the processor has no such products
+    if applies:
+        assert torch.equal(classifier.logits(TEXTS, batch_size=1), logits)
+
+
+@needs_the_library
+def test_the_flag_for_precision(capsys) -> None:
+    found = [
+        rows(capsys, "--precision", p, "--attn-backend", "cpu", *TEXTS) for p in ("fp32", "int8")
+    ]
+    for exact, quantised in zip(*found, strict=True):
+        assert quantised["probability"] == pytest.approx(exact["probability"], abs=0.01)
+    assert found[0] != found[1]
+
+
+def test_int8_elsewhere_is_refused(capsys) -> None:
+    argv = ["predict", str(RUN), "--precision", "int8", "--attn-backend", "reference", "a"]
+    assert cli.main(argv) == 2
+    assert "precision int8 cannot be had here" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="precision is 'int4'; expected one of fp32, bf16, int8"):
+        fasttx.load(RUN, precision="int4")
+
+
+@needs_the_library
+def test_a_hook_is_honoured() -> None:
+    classifier = fasttx.load(RUN, device="cpu", attn_backend="cpu")
+    before, seen = classifier.logits(TEXTS), []
+    classifier.model.head.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.allclose(classifier.logits(TEXTS), before, atol=1e-5) and seen
 
 
 def copied(tmp_path: Path, **changes: Any) -> Path:

@@ -353,6 +353,8 @@ void masks() {
 
 }  // namespace
 
+#include "encoder_checks.h"
+
 int main() {
   for (const Kernels* const* set = supported(); *set; set++) {
     set_name = (*set)->name;
@@ -364,6 +366,7 @@ int main() {
     rounding();
     every_operation<float>();
     every_operation<Bf16>();
+    encoders();
     printf("%s: %d checks\n", set_name.c_str(), checks);
   }
 }

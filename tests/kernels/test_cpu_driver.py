@@ -1,4 +1,5 @@
-"""The CPU kernels without Python (cpu_driver.cpp): under sanitizers, and on arm64."""
+"""The CPU kernels without Python (cpu_driver.cpp): under sanitizers, and on arm64. Their team of
+threads (team_driver.cpp) under ThreadSanitizer."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SANITIZED = [
     "-O0", "-g1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
 ]  # fmt: skip
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma".split()
 X86_SETS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma".split(),
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
     "baseline": [],
 }
@@ -59,6 +62,22 @@ def test_no_byte_out_of_bounds_no_undefined_behaviour(tmp_path):
         pytest.skip("g++ is here without its sanitizers: apt install libasan8 libubsan1")
     driver = build_driver(compiler, SANITIZED, X86_SETS, tmp_path)
     assert run_driver(driver)[-1] == "baseline"
+
+
+def test_no_data_race_in_the_team_of_threads(tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    flags = ["-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=thread"]
+    source, driver = ROOT / "tests" / "kernels" / "team_driver.cpp", tmp_path / "team"
+    build = [compiler, *flags, f"-I{ROOT / 'kernels' / 'cpu'}", source, "-o", driver]
+    (tmp_path / "empty.cpp").write_text("int main() {}")
+    probe = [compiler, *flags, tmp_path / "empty.cpp", "-o", tmp_path / "empty"]
+    for command in (probe, [tmp_path / "empty"]):
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("g++ is here without its sanitizer, or that does not run here (libtsan2)")
+    subprocess.run(build, check=True)
+    assert run_driver(driver) == ["every item once, in order"]
 
 
 def test_arm64(tmp_path):
