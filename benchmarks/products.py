@@ -80,19 +80,22 @@ def _openblas(product: Product, left: Tensor, right: Tensor, out: Tensor) -> Mul
     return multiply
 
 
-def _backend(linear: Callable[[Tensor, Tensor], Tensor]) -> Library:
-    """`linear` of a backend: forward, or the one gradient that is asked for."""
+def _backend(linear: Callable[..., Tensor]) -> Library:
+    """A backend's operator `linear`: forward, or the one gradient that is asked for.
+
+    Its weights are float32, as in training.
+    """
 
     def multiplier(product: Product, left: Tensor, right: Tensor, out: Tensor) -> Multiply:
         if product.layout == "nt":
-            weight = right.t()
-            return lambda: linear(left, weight)
+            weight = right.t().float()
+            return lambda: linear(left, weight, None)
         if product.layout == "nn":  # of x
             leaf = left.new_zeros(product.m, product.n, requires_grad=True)
-            y, dy = linear(leaf, right), left
+            y, dy = linear(leaf, right.float(), None), left
         else:  # of w
-            leaf = left.new_zeros(product.m, product.n, requires_grad=True)
-            y, dy = linear(right, leaf), left.t()
+            leaf = left.new_zeros(product.m, product.n, dtype=torch.float32, requires_grad=True)
+            y, dy = linear(right, leaf, None), left.t()
         return lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
 
     return multiplier
@@ -130,9 +133,11 @@ def libraries(device: torch.device, dtype: torch.dtype) -> dict[str, Library]:
             found["OpenBLAS"] = _openblas
     for name, backend in BACKENDS.items():
         if not backend.unavailable_reasons(device, dtype, 32):
-            operations = backend.operations
-            if dtype in getattr(operations, "own_products", ()):
-                found[f"fasttx-{name}"] = _backend(operations.linear)
+            backend.operations  # noqa: B018  (which defines its operators)
+            # Its own kernels, whoever multiplies for its models on this machine.
+            operator = getattr(getattr(torch.ops, f"fasttx_{name}"), "linear", None)
+            if operator is not None:
+                found[f"fasttx-{name}"] = _backend(operator)
     return found
 
 
