@@ -108,10 +108,12 @@ extras = {
     "train": ["datasets>=3", "pyarrow>=15", "tqdm>=4.60"],
     "hf": ["transformers>=4.48", "tokenizers>=0.21", "safetensors>=0.4", "huggingface_hub>=0.26"],
     "report": ["matplotlib>=3.8"],
-    "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
+    "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "threadpoolctl>=3.5"],
     "peers": ["transformers>=4.48", "x-transformers>=2.31"],
     "baselines": ["scikit-learn>=1.4"],
 }
+# Not part of dev: what the engines need takes longer to install than it tells the tests.
+engines = ["onnx>=1.17", "onnxruntime>=1.20", "openvino>=2025.0"]
 # torch's CUDA builds pin a triton of their own and the CPU builds need none, so a plain install
 # asks for none; the extra is for a torch that came without.
 triton = ['triton>=3.4; platform_system == "Linux"']
@@ -144,6 +146,7 @@ setup(
     install_requires=["torch>=2.6", "numpy>=1.26"],
     extras_require={
         **extras,
+        "engines": engines,
         "triton": triton,
         "dev": sorted({package for extra in extras.values() for package in extra} | set(tools)),
     },

@@ -92,6 +92,16 @@ class Expected:
         }
 
     @classmethod
+    def within(cls, exact: dict[str, Tensor], tolerance: float) -> Expected:
+        """Each value as far off as this part of its length."""
+        expected = cls.__new__(cls)
+        expected.measures = {
+            name: Measure({name: x}, {}, {name: tolerance * length(x)}, length)
+            for name, x in exact.items()
+        }
+        return expected
+
+    @classmethod
     def of(cls, case: Case, dtype: torch.dtype, p: float) -> Expected:
         """What a case comes to, with the masks of seed 1 that backends share."""
         exact, plain = (case.define(dtype, wide, p, seed=1) for wide in (torch.float64, dtype))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +59,9 @@ def results(
     best = statistics.median(ideal)
     found = []
     for name, seconds in times.items():
+        entrant = contest.entrants[name]
+        # The limit is not that of who computes in another precision.
+        limited = getattr(entrant, "precision", None) in (None, contest.facts.get("precision"))
         median = statistics.median(seconds)
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
         found.append(
@@ -67,11 +72,11 @@ def results(
                 ms=1e3 * median,
                 quartiles_ms=(1e3 * low, 1e3 * high),
                 ideal_ms=1e3 * best,
-                limit_share=best / median,
+                limit_share=best / median if limited else math.nan,
                 peak_memory_mb=memory[name],
                 kernel_ms=kernels[name],
                 rounds=len(seconds),
-                note=contest.entrants[name].note,
+                note=entrant.note,
                 artefact=scheduler_artefact(seconds, load_average()),
             )
         )
@@ -128,16 +133,20 @@ def table(found: Iterable[Result], markdown: bool = False) -> str:
     """The results as text, or as a table that a README takes."""
     lines = [HEADINGS, *map(_cells, found)]
     kept = [i for i, column in enumerate(zip(*lines, strict=True)) if {*column[1:]} - {"-", ""}]
-    lines = [tuple(line[i] for i in kept) for line in lines]
+    return align([tuple(line[i] for i in kept) for line in lines], markdown)
+
+
+def align(lines: list[tuple[str, ...]], markdown: bool) -> str:
+    """Columns below the headings in the first line; one without a heading, the last, is a note."""
     if markdown:
-        lines.insert(1, ("---",) * len(kept))
+        lines = [lines[0], ("---",) * len(lines[0]), *lines[1:]]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for line in lines:
         cells = [c.rjust(w) for c, w in zip(line, widths, strict=True)]
         cells[0] = line[0].ljust(widths[0])
-        if kept[-1] == len(HEADINGS) - 1:
+        if not lines[0][-1]:
             cells[-1] = line[-1]
         text.append("  ".join(cells).rstrip())
     return "\n".join(text)
@@ -153,6 +162,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
         "allocator": "tuned" if os.environ.get("GLIBC_TUNABLES") == TUNED else "default",
     }
+
+
+def add_allocator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allocator", choices=("default", "tuned"), default="default",
+                        help="tuned: glibc keeps freed memory (starts anew)")  # fmt: skip
+
+
+def take_allocator(name: str) -> None:
+    """Start this program anew where it needs another allocator."""
+    if name == "tuned" and os.environ.get("GLIBC_TUNABLES") != TUNED:
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": TUNED}
+        )
 
 
 def saved_runs_folder() -> Path:
@@ -177,7 +199,8 @@ def limit_line(limit: Limit | None) -> str:
     """What the column `limit` is a share of."""
     if limit is None or not limit.rates:
         return "no limit is reckoned for this"
-    line = f"limit: products at the model's shapes, {np.median(limit.rates) / 1e9:,.0f} GFLOP/s"
+    rate = np.median(limit.rates) / 1e9
+    line = f"limit: products at the model's shapes, {rate:,.0f} GFLOP/s ({limit.fastest})"
     return line + (f", {limit.bandwidth / 1e9:,.0f} GB/s" if limit.bandwidth else "")
 
 

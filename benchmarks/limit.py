@@ -8,35 +8,20 @@ optimiser and everything that moves data are left out, so the limit cannot be re
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import products
 import torch
-from torch import Tensor
+from products import Operands, Product, linear_products
 
 from fasttx import device as devices
 from fasttx.config import ModelConfig
 
 
-class Product(NamedTuple):
-    """(m, k) @ (k, n); layout says which operand is read transposed, as BLAS does: n or t each."""
-
-    m: int
-    k: int
-    n: int
-    layout: str = "nt"
-
-
 def product_flops(products: Sequence[Product]) -> int:
-    return sum(2 * p.m * p.k * p.n for p in products)
-
-
-def linear_products(rows: int, inputs: int, outputs: int, backward: bool) -> list[Product]:
-    """A linear layer's x w^T; with `backward` also the gradients of x, dy w, and of w, dy^T x."""
-    forward = [Product(rows, inputs, outputs, "nt")]
-    gradients = [Product(rows, outputs, inputs, "nn"), Product(outputs, rows, inputs, "tn")]
-    return forward + gradients if backward else forward
+    return sum(p.flops for p in products)
 
 
 def block_products(config: ModelConfig, tokens: int, backward: bool) -> list[Product]:
@@ -113,53 +98,53 @@ class Work:
 class Limit:
     """The ideal time of each input, measured between the contestants' turns.
 
-    Linear layers: their products at the very shapes, layouts and dtype. Attention: its FLOPs at the
-    rate those reach. On CUDA it has to move its bytes as well, at the bandwidth of a copy:
-    whichever takes longer counts.
+    Linear layers: their products at the very shapes, layouts and dtype, each by the library that
+    was fastest at it when all of them were tried. Attention: its FLOPs at the rate those reach. On
+    CUDA it has to move its bytes as well, at the bandwidth of a copy: whichever takes longer
+    counts.
     """
 
     def __init__(self, work: Sequence[Work], device: torch.device, dtype: torch.dtype) -> None:
-        self.work, self.device = list(work), device
+        self.work = list(work)
         # For each product of an input its own operands, as large as the largest input needs.
-        self._operands = [
-            tuple(
-                torch.randn(size, device=device, dtype=dtype)
-                for size in (
-                    max(p.m * p.k for p in alike),
-                    max(p.k * p.n for p in alike),
-                    max(p.m * p.n for p in alike),
-                )
-            )
-            for alike in zip(*(w.products for w in self.work), strict=True)
-        ]
+        alike = list(zip(*(w.products for w in self.work), strict=True))
+        self._operands = [Operands(each, device, dtype) for each in alike]
+        self.known = products.libraries(device, dtype)
+        self._fastest = [self._choice(*each) for each in zip(alike, self._operands, strict=True)]
         self.bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
         self.rates: list[float] = []
+
+    def _choice(self, alike: Sequence[Product], operands: Operands) -> str:
+        if len(self.known) == 1:  # torch's, which the others are compared with
+            return next(iter(self.known))
+        products.verify(alike[0], operands, self.known)
+        times = products.seconds(alike[0], operands, self.known, turns=3)
+        return min(times, key=times.__getitem__)
+
+    @property
+    def fastest(self) -> str:
+        """Who multiplies, with the number of products where there are several."""
+        counts = Counter(self._fastest).most_common()
+        if len(counts) == 1:
+            return counts[0][0]
+        return ", ".join(f"{name} {n}" for name, n in counts)
 
     def seconds(self, i: int) -> float:
         """The ideal time of input i, measured now."""
         work = self.work[i % len(self.work)]
-        devices.synchronize(self.device)
-        start = time.perf_counter()
-        for product, operands in zip(work.products, self._operands, strict=True):
-            _multiply(product, *operands)
-        devices.synchronize(self.device)
-        elapsed = time.perf_counter() - start
+        elapsed = 0.0
+        for product, operands, name in zip(
+            work.products, self._operands, self._fastest, strict=True
+        ):
+            only = {name: self.known[name]}
+            elapsed += products.seconds(product, operands, only, turns=1)[name]
+        time.sleep(products.PAUSE)  # a library's threads do not disturb who comes next
         rate = product_flops(work.products) / elapsed
         self.rates.append(rate)
         other = work.flops / rate
         if self.bandwidth:
             other = max(other, work.bytes / self.bandwidth)
         return elapsed * work.repeats + other
-
-
-def _multiply(p: Product, a: Tensor, b: Tensor, out: Tensor) -> None:
-    left = a[: p.m * p.k]
-    right = b[: p.k * p.n]
-    torch.mm(
-        left.view(p.k, p.m).t() if p.layout[0] == "t" else left.view(p.m, p.k),
-        right.view(p.n, p.k).t() if p.layout[1] == "t" else right.view(p.k, p.n),
-        out=out[: p.m * p.n].view(p.m, p.n),
-    )
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:

@@ -1,18 +1,30 @@
-"""The questions of whole models: the training step, and inference in bulk and text by text."""
+"""The questions of whole models: the training step, and inference in bulk."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
+import native
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import Contest, Expected, backends, check_dropout, mask_note, require, verified_texts
+from contest import (
+    Contest,
+    Contestant,
+    Expected,
+    backends,
+    check_dropout,
+    mask_note,
+    require,
+    verified_texts,
+)
+from engine_peers import ENGINES
 from limit import Limit, Work
-from model_peers import Peer, peers
+from model_peers import PEERS, Peer
 from torch import Tensor, nn
 from workload import Setting, first_texts, make_batches, padded
 
@@ -53,23 +65,31 @@ class Model:
         batch = self.inputs[0][-1]
         return first_texts(batch, verified_texts(batch.cu_seqlens.diff().tolist()))
 
-    def expected_of(self, model: TransformerClassifier) -> Expected:
-        """The outcome of this model on the first texts: exact on the CPU, and as it is run."""
+    def expected_of(self, model: TransformerClassifier, tolerance: float | None = None) -> Expected:
+        """The outcome of this model on the first texts: exact on the CPU, and as it is run.
+
+        tolerance: how far an outcome may be off, relative to its length, instead.
+        """
         exact_model = copy.deepcopy(model).to("cpu", torch.float64)
         with torch.set_grad_enabled(self.training):
             exact = exact_model(**self.first.to("cpu").model_inputs())
+        wanted = self.outcome(exact_model, exact)
+        if tolerance is not None:
+            return Expected.within(wanted, tolerance)
+        with torch.set_grad_enabled(self.training):
             plain = self.logits(model, self.first.model_inputs())
-        return Expected(
-            self.outcome(exact_model, exact), self.outcome(model, plain), self.setting.dtype
-        )
+        return Expected(wanted, self.outcome(model, plain), self.setting.dtype)
 
     @functools.cached_property
     def expected(self) -> Expected:
         return self.expected_of(self.reference)
 
     def logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        with devices.autocast(self.setting.device, self.setting.precision):
+        with self.autocast():
             return model(**inputs).float()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return devices.autocast(self.setting.device, self.setting.precision)
 
     def outcome(self, model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
         """Logits of the first texts; in training also gradients of the last and the first matrix.
@@ -95,6 +115,7 @@ class _Contestant:
     model: nn.Module
     inputs: list[list[dict[str, Any]]]
     expected: Expected | None
+    precision: str | None = None  # of its own
 
     def __init__(self, name: str, work: Model, note: str) -> None:
         self.name, self.work, self.note = name, work, note
@@ -106,8 +127,7 @@ class _Contestant:
     def verify(self) -> None:
         work, inputs = self.work, self.inputs[0][-1]
         self.model.eval()
-        with torch.set_grad_enabled(work.training):
-            logits = work.logits(self.model, inputs)
+        logits = work.logits(self.model, inputs) if work.training else self._answer(0)[-1]
         assert logits.isfinite().all(), f"{self.name}: logits are not finite"
         if self.expected is not None:
             self.expected.check(self.name, work.outcome(self.model, logits))
@@ -146,19 +166,26 @@ class _Contestant:
 class PeerModel(_Contestant):
     def __init__(self, name: str, work: Model, peer: type[Peer]) -> None:
         super().__init__(name, work, peer.note)
-        self.peer = peer
+        self.peer, self.precision = peer, peer.precision
 
     def prepare(self) -> None:
         work = self.work
-        require(self.peer.unavailable_reasons(work.setting.precision))
+        require(self.peer.unavailable_reasons(work.setting))
         self.model = self.peer(work.setting.config).to(work.setting.device)
         self.expected = None
         comparable = self.peer.comparable(work.reference)
         if comparable is not None:
             self.model.copy_from(comparable)
-            same = comparable is work.reference
-            self.expected = work.expected if same else work.expected_of(comparable)
+            same = comparable is work.reference and self.peer.tolerance is None
+            self.expected = (
+                work.expected if same else work.expected_of(comparable, self.peer.tolerance)
+            )
         self.inputs = [[{"input_ids": padded(b)} for b in group] for group in work.inputs]
+
+    def _answer(self, i: int) -> list[Tensor]:
+        batches = [inputs["input_ids"] for inputs in self.inputs[i]]
+        with torch.inference_mode(), self.work.autocast():
+            return [logits.float() for logits in self.model.answer_all(batches)]
 
 
 class BackendModel(_Contestant):
@@ -180,12 +207,51 @@ class BackendModel(_Contestant):
         self.inputs = [[b.model_inputs() for b in group] for group in work.inputs]
 
 
+class NativeModel(_Contestant):
+    """The encoder that answers in one call, in a precision of its own."""
+
+    def __init__(self, name: str, work: Model, precision: str) -> None:
+        super().__init__(name, work, "")
+        self.precision = precision
+
+    def prepare(self) -> None:
+        work, precision = self.work, self.precision
+        require([] if work.setting.device.type == "cpu" else ["it is for the CPU"])
+        model = work.build("cpu")
+        model.load_state_dict(work.reference.state_dict())
+        self.model = native.NativeEncoder(model, precision)
+        self.expected = work.expected_of(work.reference, native.TOLERANCES[precision])
+        self.inputs = [[native.inputs(b) for b in group] for group in work.inputs]
+
+    def _answer(self, i: int) -> list[Tensor]:
+        return [self.model(**inputs) for inputs in self.inputs[i]]
+
+
+def native_names() -> dict[str, str]:
+    """Contestants and their precisions."""
+    return {f"fasttx-native-{precision}": precision for precision in native.TOLERANCES}
+
+
+def entrants(work: Model) -> dict[str, Contestant]:
+    """All who may take part: peers, engines, backends, the native encoder."""
+    found: dict[str, Contestant] = {
+        name: PeerModel(name, work, peer)
+        for name, peer in {**PEERS, **ENGINES}.items()
+        if not (work.training and peer.inference_only)
+    }
+    found |= {name: BackendModel(name, work, backend) for name, backend in backends().items()}
+    if not work.training:
+        found |= {name: NativeModel(name, work, p) for name, p in native_names().items()}
+    return found
+
+
 def training_names() -> list[str]:
-    return [*peers(training=True), *backends()]
+    theirs = [name for name, peer in PEERS.items() if not peer.inference_only]
+    return [*theirs, *backends()]
 
 
 def inference_names() -> list[str]:
-    return [*peers(training=False), *backends()]
+    return [*PEERS, *ENGINES, *backends(), *native_names()]
 
 
 def _contest(
@@ -194,8 +260,6 @@ def _contest(
     devices.set_precision(setting.device, setting.precision)
     training = facts["level"] == "training"
     work = Model(setting, inputs, training)
-    theirs = {name: PeerModel(name, work, peer) for name, peer in peers(training).items()}
-    ours = {name: BackendModel(name, work, backend) for name, backend in backends().items()}
     texts = [[n for b in group for n in b.cu_seqlens.diff().tolist()] for group in inputs]
     ideal = [Work.of_model(setting.config, n, training) for n in texts]
     tokens = float(np.mean([sum(n) for n in texts]))
@@ -204,7 +268,7 @@ def _contest(
         setting.device,
         len(inputs),
         len(texts[0]),
-        {**theirs, **ours},
+        entrants(work),
         Limit(ideal, setting.device, setting.dtype),
         facts={**facts, "precision": setting.precision, "tokens": tokens},
     )
@@ -231,11 +295,3 @@ def bulk(setting: Setting, batch_size: int, *, inputs: int = 4) -> Contest:
         batches.append(make_batches(group.select(order), size, setting.device))
     title = f"inference, {texts} texts in batches of {size} sorted by length, {what}"
     return _contest(title, setting, batches, {"level": "inference", "batch": size, "lengths": what})
-
-
-def latency(setting: Setting, texts: int = 64) -> Contest:
-    """One text at a time: tokens to logits."""
-    ids, what = setting.texts(setting.of(texts))
-    batches = [[b] for b in make_batches(ids, 1, setting.device)]
-    facts = {"level": "latency", "batch": 1, "lengths": what}
-    return _contest(f"latency of one text, {what}", setting, batches, facts)

@@ -10,11 +10,13 @@ import copy
 import importlib.util
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from workload import Setting
 
 from fasttx.config import ModelConfig
 from fasttx.models.classifier import TransformerClassifier
@@ -28,13 +30,19 @@ def missing(package: str, install: str) -> list[str]:
 
 
 class Peer(nn.Module):
-    """What a contest asks of a peer. note: how its function differs, for the tables."""
+    """What a contest asks of a peer. note: how its function differs, for the tables.
+
+    precision: of its own, whatever the contest's is. tolerance: how far its logits may be off,
+    relative to their length; None: as far as `fasttx.testing` has it for the contest's precision.
+    """
 
     note = ""
     inference_only = False
+    precision: str | None = None
+    tolerance: float | None = None
 
     @classmethod
-    def unavailable_reasons(cls, precision: str) -> list[str]:
+    def unavailable_reasons(cls, setting: Setting) -> list[str]:
         return []
 
     @classmethod
@@ -47,6 +55,10 @@ class Peer(nn.Module):
 
     def copy_from(self, model: TransformerClassifier) -> None:
         raise NotImplementedError
+
+    def answer_all(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The logits of several batches, which need not come one after another."""
+        return [self(input_ids) for input_ids in batches]
 
 
 class _SameFunction(Peer):
@@ -133,10 +145,10 @@ class TorchEncoderNested(TorchEncoder):
     inference_only = True
 
     @classmethod
-    def unavailable_reasons(cls, precision: str) -> list[str]:
-        if precision in ("fp32", "tf32"):
+    def unavailable_reasons(cls, setting: Setting) -> list[str]:
+        if setting.precision in ("fp32", "tf32"):
             return []
-        return [f"precision {precision}: the fast path does not run under autocast"]
+        return [f"precision {setting.precision}: the fast path does not run under autocast"]
 
     def encode(self, h: Tensor, real: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():  # nested tensors have no backward here
@@ -204,13 +216,31 @@ class PaddedSdpa(_SameFunction):
             mine.load_state_dict(theirs.state_dict())
 
 
+class CompiledSdpa(PaddedSdpa):
+    """The same, compiled once for all shapes."""
+
+    note = "torch.compile"
+    inference_only = True
+
+    @classmethod
+    def unavailable_reasons(cls, setting: Setting) -> list[str]:
+        return [] if setting.divisor == 1 else ["compiling takes a minute: at full size only"]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.compiled = torch.compile(super().forward, dynamic=True)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.compiled(input_ids)
+
+
 class XTransformers(_SameFunction):
     """x-transformers' pre-norm Encoder: no biases in its attention projections and norms."""
 
     note = "no biases in projections and norms"
 
     @classmethod
-    def unavailable_reasons(cls, precision: str) -> list[str]:
+    def unavailable_reasons(cls, setting: Setting) -> list[str]:
         return missing("x_transformers", "x-transformers")
 
     @classmethod
@@ -263,7 +293,7 @@ class HuggingFaceBert(Peer):
     attention = "sdpa"
 
     @classmethod
-    def unavailable_reasons(cls, precision: str) -> list[str]:
+    def unavailable_reasons(cls, setting: Setting) -> list[str]:
         return missing("transformers", "transformers")
 
     def __init__(self, config: ModelConfig) -> None:
@@ -297,12 +327,8 @@ PEERS: dict[str, type[Peer]] = {
     "nn.TransformerEncoder-nested": TorchEncoderNested,
     "nn.TransformerEncoder-slow-path": TorchEncoderSlowPath,
     "padded-sdpa": PaddedSdpa,
+    "padded-sdpa-compiled": CompiledSdpa,
     "x-transformers": XTransformers,
     "hf-bert-sdpa": HuggingFaceBert,
     "hf-bert-eager": HuggingFaceBertEager,
 }
-
-
-def peers(training: bool) -> dict[str, type[Peer]]:
-    """Those that train, or those that answer."""
-    return {name: peer for name, peer in PEERS.items() if not (training and peer.inference_only)}

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from contest import Contest, Expected, OneOperation, backends, require
-from limit import Limit, Work, linear_products
+from limit import Limit, Work
+from products import linear_products
 from torch import Tensor
 from workload import Setting, make_batches
 

@@ -18,15 +18,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import attention_level
+import latency_level
 import model_level
 import operation_level
+import text_level
 import torch
 from contest import Contest, Contestant, Unavailable
-from figures import TUNED, Result, environment, report, results
+from figures import Result, add_allocator, environment, report, results, take_allocator
 from workload import DTYPES, SIZES, Setting
 
 from fasttx import device as devices
@@ -152,7 +155,7 @@ def enter_all(contest: Contest, names: list[str]) -> dict[str, Contestant]:
     return entered
 
 
-LEVELS = ("step", "attention", "inference", "latency", *operation_level.TIMED)
+LEVELS = ("step", "attention", "inference", "text", *latency_level.NAMES, *operation_level.TIMED)
 
 
 def contests(level: str, setting: Setting, batch_size: int) -> Iterable[Contest]:
@@ -161,14 +164,57 @@ def contests(level: str, setting: Setting, batch_size: int) -> Iterable[Contest]
         yield model_level.training(setting, batch_size)
     elif level == "inference":
         yield model_level.bulk(setting, batch_size)
-    elif level == "latency":
-        yield model_level.latency(setting)
+    elif level == "text":
+        yield text_level.bulk(setting, batch_size)
     elif level == "attention":
         for p in (0.1, 0.0):
             yield attention_level.on_reviews(setting, batch_size, p=p)
     else:
         for timed in operation_level.TIMED[level]:
             yield operation_level.operation(timed, setting, batch_size)
+
+
+class UnknownContestants(Exception):
+    """Names that nobody has."""
+
+
+def check_names(names: list[str], known: Iterable[str]) -> None:
+    if unknown := set(names) - set(known):
+        known = ", ".join(known)
+        raise UnknownContestants(f"--contestants {', '.join(unknown)}; expected some of {known}")
+
+
+def in_turn(setting: Setting, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time and print the contests of a level; what a file of them holds."""
+    records = []
+    for contest in contests(arguments.level, setting, arguments.batch_size):
+        check_names(arguments.contestants, contest.entrants)
+        entered = enter_all(contest, arguments.contestants)
+        if not entered:
+            continue
+        where = environment(setting.device)
+        found = take_turns(contest, entered, rounds=arguments.rounds, seconds=arguments.seconds)
+        print("\n" + report(contest, found, where, arguments.markdown), flush=True)
+        records.append({"title": contest.title, **contest.facts, "environment": where,
+                        "rows": [row.record() for row in found]})  # fmt: skip
+    return records
+
+
+def latency(setting: Setting, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same for a latency contest, whose contestants have processes of their own."""
+    level, names = arguments.level, arguments.contestants
+    check_names(names, latency_level.NAMES[level]())
+    where = environment(setting.device)
+    found = latency_level.measure(
+        setting, level, names, arguments.threads,
+        rounds=arguments.rounds, seconds=arguments.seconds,
+    )  # fmt: skip
+    if not found:
+        return []
+    text = latency_level.report(setting, level, found, where, arguments.markdown)
+    print(f"\n{text}", flush=True)
+    return [{"title": latency_level.title(setting, level), "level": level, "environment": where,
+             "rows": latency_level.records(found)}]  # fmt: skip
 
 
 def main() -> None:
@@ -190,15 +236,11 @@ def main() -> None:
     parser.add_argument(
         "--words", action="store_true", help="count white-space words: shorter, no punctuation"
     )
-    parser.add_argument("--allocator", choices=("default", "tuned"), default="default",
-                        help="tuned: glibc keeps freed memory (starts anew)")  # fmt: skip
+    add_allocator(parser)
     parser.add_argument("--markdown", action="store_true", help="a table for a README")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    if arguments.allocator == "tuned" and os.environ.get("GLIBC_TUNABLES") != TUNED:
-        os.execve(
-            sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": TUNED}
-        )
+    take_allocator(arguments.allocator)
     if arguments.rounds is not None and arguments.rounds < 2:
         parser.error(f"--rounds is {arguments.rounds}; expected at least 2, to have a spread")
     torch.set_num_threads(arguments.threads)
@@ -211,22 +253,13 @@ def main() -> None:
     setting = Setting(
         device, arguments.data, config, arguments.precision, words=arguments.words
     )  # fmt: skip
-    records = []
-    for contest in contests(arguments.level, setting, arguments.batch_size):
-        if unknown := set(arguments.contestants) - set(contest.entrants):
-            known = ", ".join(contest.entrants)
-            parser.error(f"--contestants {', '.join(unknown)}; expected some of {known}")
-        try:
-            entered = enter_all(contest, arguments.contestants)
-        except AssertionError as refused:
-            sys.exit(f"side_by_side.py: {refused}")
-        if not entered:
-            continue
-        where = environment(device)
-        found = take_turns(contest, entered, rounds=arguments.rounds, seconds=arguments.seconds)
-        print("\n" + report(contest, found, where, arguments.markdown), flush=True)
-        records.append({"title": contest.title, **contest.facts, "environment": where,
-                        "rows": [row.record() for row in found]})  # fmt: skip
+    race = latency if arguments.level in latency_level.NAMES else in_turn
+    try:
+        records = race(setting, arguments)
+    except UnknownContestants as error:
+        parser.error(str(error))
+    except AssertionError as refused:
+        sys.exit(f"side_by_side.py: {refused}")
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=2) + "\n")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fasttx.config import ModelConfig
 from fasttx.text.packing import PackedBatch, RaggedIds, pack
+from fasttx.text.tokenizer import Tokenizer
 
 DTYPES = {
     "fp32": torch.float32,
@@ -72,6 +73,15 @@ class Setting:
         drawn = [rng.integers(2, config.vocab_size, n).tolist() for n in lengths]
         return RaggedIds.from_lists(drawn), self._what(what)
 
+    def raw_texts(self, count: int) -> tuple[list[str], Tokenizer, str]:
+        """`count` random training reviews, a tokenizer for them, and what they are."""
+        if self.data:
+            tokenizer = _tokenizer(self.data, self.config.vocab_size)
+            return reviews(self.data, count), tokenizer, self._what("real reviews")
+        ids, what = self.texts(count)
+        texts = [" ".join(f"w{i}" for i in text.tolist()) for text in ids]
+        return texts, Tokenizer.train(texts, self.config.vocab_size), what
+
     def _what(self, texts: str) -> str:
         """What the texts are, and the sizes of the models that are not the default ones."""
         if self.config == TINY:
@@ -98,9 +108,7 @@ def reviews(data: str, count: int) -> list[str]:
 
 
 @functools.cache
-def _tokenizer(data: str, vocab_size: int):
-    from fasttx.text.tokenizer import Tokenizer
-
+def _tokenizer(data: str, vocab_size: int) -> Tokenizer:
     return Tokenizer.train(reviews(data, SAMPLE), vocab_size)
 
 

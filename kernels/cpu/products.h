@@ -65,14 +65,22 @@ struct Pairs {
   INLINE F multiply_add(F sum, F a, F b) {
     return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
-  // The numbers of two vectors, those of `low` at even places: units of a pair each.
-  INLINE F pair(F low, F high) {
-    return (F)(__builtin_convertvector(narrow(low), U32) | __builtin_convertvector(narrow(high), U32) << 16);
+  // Units of a pair each, the numbers of `low` first.
+  INLINE F pair(H low, H high) {
+    return (F)(__builtin_convertvector(low, U32) | __builtin_convertvector(high, U32) << 16);
   }
-  template <class S>
-  INLINE F down(const S* p, int64_t ld, int64_t u, int64_t rows, int n) {
+  INLINE H bits_first(const Bf16* p, int n) {
+    H v = {};
+    memcpy(&v, p, n >= W ? sizeof v : 2 * n);
+    return v;
+  }
+  INLINE F down(const float* p, int64_t ld, int64_t u, int64_t rows, int n) {
     const F high = 2 * u + 1 < rows ? load_first(p + (2 * u + 1) * ld, n) : F{};
-    return pair(load_first(p + 2 * u * ld, n), high);
+    return pair(narrow(load_first(p + 2 * u * ld, n)), narrow(high));
+  }
+  INLINE F down(const Bf16* p, int64_t ld, int64_t u, int64_t rows, int n) {
+    const H high = 2 * u + 1 < rows ? bits_first(p + (2 * u + 1) * ld, n) : H{};
+    return pair(bits_first(p + 2 * u * ld, n), high);
   }
   INLINE F along(const float* p, int64_t numbers) {
     H halves[2];

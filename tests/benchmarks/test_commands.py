@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import figures
+import latency_level
 import pytest
 import side_by_side
 import torch
@@ -105,16 +106,39 @@ def test_saving_and_comparing(tmp_path):
 def test_side_by_side(tmp_path):
     path = tmp_path / "figures.json"
     done = run(
-        BENCHMARKS / "side_by_side.py", "--level", "latency", "--rounds", "2", "--json", path,
+        BENCHMARKS / "side_by_side.py", "--level", "inference", "--rounds", "2", "--json", path,
         "--contestants", "padded-sdpa", "fasttx-sdpa", "--allocator", "tuned", "--d-model", "64",
-        "--num-heads", "2", cwd=tmp_path,
+        "--num-heads", "2", "--batch-size", "2", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert ", d_model 64, num_heads 2" in done.stdout
     assert "tuned allocator" in done.stdout and "fasttx-sdpa" in done.stdout
     (record,) = json.loads(path.read_text())
     assert [row["contestant"] for row in record["rows"]] == ["padded-sdpa", "fasttx-sdpa"]
-    assert record["level"] == "latency" and record["environment"]["load"] is not None
+    assert record["level"] == "inference" and record["environment"]["load"] is not None
+
+
+def test_latency(tmp_path):
+    """Each contestant in a process of its own, asked in three conditions."""
+    path = tmp_path / "figures.json"
+    done = run(
+        BENCHMARKS / "side_by_side.py", "--level", "latency", "--rounds", "2", "--json", path,
+        "--contestants", "padded-sdpa", "fasttx-sdpa", "--max-len", "16", "--d-model", "64",
+        "--num-heads", "2", "--markdown", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(path.read_text())
+    rows = record["rows"]
+    assert {(row["condition"], row["calls"]) for row in rows} == {
+        (condition, 2 * calls) for condition, calls in latency_level.CALLS.items()
+    }
+    assert [(row["contestant"], row["tokens"]) for row in rows[:2]] == [
+        ("padded-sdpa", 16), ("padded-sdpa", 1)
+    ]  # fmt: skip
+    assert all(0 < row["p50_ms"] <= row["p99_ms"] for row in rows)
+    for condition in latency_level.CONDITIONS:
+        assert f"\n{condition}, by tokens" in done.stdout
+    assert "| contestant | 1 | 16 |\n| --- | --- | --- |\n| padded-sdpa | " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -136,11 +160,11 @@ def test_side_by_side_says_in_one_line_who_fails_verification(monkeypatch):
         raise AssertionError(f"{name}: logits are 0.2 from the reference's")
 
     monkeypatch.setattr(side_by_side.Contest, "enter", enter)
-    arguments = ["--level", "latency", "--contestants", "fasttx-sdpa", "--device", "cpu"]
+    arguments = ["--level", "text", "--contestants", "fasttx-fp32", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["side_by_side.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         side_by_side.main()
-    assert stopped.value.code == "side_by_side.py: fasttx-sdpa: logits are 0.2 from the reference's"
+    assert stopped.value.code == "side_by_side.py: fasttx-fp32: logits are 0.2 from the reference's"
 
 
 def saved_run(path):
@@ -172,6 +196,7 @@ def test_plots(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         drawn = (tmp_path / f"{name}.svg").read_text()
         assert ">fasttx-sdpa<" in drawn and "A fine processor" in drawn
+        assert "mathdefault" not in drawn
     empty = tmp_path / "0002_run.json"
     where = {"machine_info": {"fasttx": figures.environment(CPU)}, "benchmarks": []}
     empty.write_text(json.dumps(where))

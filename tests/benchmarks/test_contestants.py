@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import attention_level
 import contest as contests
 import data_level
+import latency_level
 import model_level
 import model_peers
 import operation_level
 import pytest
+import text_level
 import torch
 from attention_peers import ATTENTION_PEERS, AttentionPeer
+from engine_peers import ENGINES, onnx_model
 from workload import Setting, first_texts, make_batches, padded
 
 from fasttx.ops.dropout import NO_DROPOUT
@@ -78,11 +82,11 @@ def other_epsilon(self, h, y, bias, gamma, beta, dropout, eps):
 
 
 def other_activation(self, u, bias, dropout, activation):
-    return ReferenceOperations.bias_act(self, u, bias, dropout, "gelu")
+    return ReferenceOperations._bias_act(self, u, bias, dropout, "gelu")
 
 
 WRONG = (other_scale, without_last_keys, without_bias, other_epsilon, other_activation)
-PLACES = dict(zip(WRONG, ("_attend", "_attend", "add_norm", "add_norm", "bias_act"), strict=True))
+PLACES = dict(zip(WRONG, ("_attend", "_attend", "add_norm", "add_norm", "_bias_act"), strict=True))
 over_wrong = pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
 
 
@@ -98,7 +102,7 @@ def test_a_model_of_a_wrong_operation_is_not_timed(fake_backend, make, wrong):
 def test_a_wrong_operation_is_not_timed(fake_backend, wrong):
     place = PLACES[wrong]
     fake_backend(**{place: wrong})
-    made = attention() if place == "_attend" else operation(place)
+    made = attention() if place == "_attend" else operation(place.removeprefix("_"))
     with pytest.raises(AssertionError, match="fasttx-fake: .* off"):
         made.enter("fasttx-fake")
 
@@ -212,8 +216,123 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch, name):
 
 
 def test_an_inference_peer_does_not_train():
-    inference_only = {*model_level.inference_names()} - {*model_level.training_names()}
-    assert inference_only == {"nn.TransformerEncoder-nested", "nn.TransformerEncoder-slow-path"}
+    names = {*model_level.inference_names()} - {*model_level.training_names()}
+    assert names == {
+        "nn.TransformerEncoder-nested", "nn.TransformerEncoder-slow-path", "padded-sdpa-compiled",
+        *ENGINES, *model_level.native_names(),
+    }  # fmt: skip
+    for made, names in (
+        (training(), model_level.training_names()),
+        (model_level.bulk(SMALL, 64), model_level.inference_names()),
+        (text_level.bulk(SMALL, 64), text_level.names()),
+    ):
+        assert [*made.entrants] == names
+
+
+# ----------------------------------------------------------------------------------------- engines
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_runs_the_reference_s_function(name):
+    made = model_level.bulk(SMALL, 64)
+    enter(made, name).step(0)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_with_other_weights_is_not_timed(monkeypatch, name):
+    copy_encoder = model_peers.PaddedSdpa.copy_encoder
+
+    def wrong(self, model):
+        copy_encoder(self, model)
+        self.norm.bias.data += 0.5
+
+    monkeypatch.setattr(model_peers.PaddedSdpa, "copy_encoder", wrong)
+    with pytest.raises(AssertionError, match=f"{name}: logits is .* off"):
+        enter(model_level.bulk(SMALL, 64), name)
+
+
+def enter(made, name):
+    try:
+        return made.enter(name)
+    except contests.Unavailable as reasons:
+        pytest.skip(str(reasons))
+
+
+def test_an_engine_that_is_not_installed_says_so(monkeypatch):
+    monkeypatch.setattr(model_peers.importlib.util, "find_spec", lambda package: None)
+    for name in ENGINES:
+        with pytest.raises(contests.Unavailable, match="is not installed: pip install"):
+            model_level.bulk(SMALL, 64).enter(name)
+
+
+def test_onnx_runtime_gets_fused_operators():
+    pytest.importorskip("onnx")
+    model = model_peers.PaddedSdpa(SMALL.config)
+    model.copy_from(training().entrants["fasttx-reference"].work.reference)
+    kinds = Counter(node.op_type for node in onnx_model(model).graph.node)
+    layers = SMALL.config.num_layers
+    assert kinds["Attention"] == layers and kinds["SkipLayerNormalization"] == 2 * layers
+    assert kinds["Softmax"] == 0 and kinds["LayerNormalization"] == 1
+
+
+# -------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("name", ["padded-sdpa", "fasttx-fp32"])
+def test_texts_get_the_labels_of_the_reference(name):
+    made = text_level.bulk(SMALL, 64)
+    contestant = made.enter(name)
+    work = contestant.work
+    ids = work.tokenizer.encode_batch(work.inputs[1]).truncate(SMALL.config.max_len)
+    (batch,) = make_batches(ids, len(ids), CPU)
+    best = work.model.reference(**batch.model_inputs()).argmax(-1).tolist()
+    assert contestant.step(1) == [text_level.LABELS[i] for i in best]
+
+
+@pytest.mark.parametrize("name", ["padded-sdpa", "fasttx-fp32"])
+def test_texts_in_another_order_are_not_timed(monkeypatch, name):
+    made = text_level.bulk(SMALL, 64)
+    kind = type(made.entrants[name])
+    right = kind.probabilities
+    monkeypatch.setattr(kind, "probabilities", lambda self, texts: right(self, texts)[::-1])
+    with pytest.raises(AssertionError, match=f"{name}: scores is .* off"):
+        made.enter(name)
+
+
+# ----------------------------------------------------------------------------------------- latency
+
+
+class Pipe:
+    """The other end of a process, which asks so much."""
+
+    def __init__(self, *asked):
+        self.asked, self.answers = [*asked], []
+
+    def recv(self):
+        if not self.asked:
+            raise EOFError
+        return self.asked.pop(0)
+
+    def send(self, answer):
+        self.answers.append(answer)
+
+
+def test_a_process_of_a_contestant_verifies_and_answers(fake_backend):
+    threads = torch.get_num_threads()
+    for level in latency_level.NAMES:
+        pipe = Pipe((0, 3, False), (1, 2, True))
+        latency_level._serve(pipe, SMALL, level, "padded-sdpa", threads)
+        note, first, second = pipe.answers
+        assert note == "" and len(first) == 3 and len(second) == 2
+    fake_backend(reasons=["no such chip"])
+    for name, reason in (("fasttx-fake", "no such chip"), ("padded-sdpa-compiled", "full size")):
+        pipe = Pipe()
+        latency_level._serve(pipe, SMALL, "latency", name, threads)
+        (refused,) = pipe.answers
+        assert isinstance(refused, contests.Unavailable) and reason in str(refused)
+    fake_backend(_attend=other_scale)
+    latency_level._serve(pipe, SMALL, "latency", "fasttx-fake", threads)
+    assert "fasttx-fake: logits is" in str(pipe.answers[-1])
 
 
 # ------------------------------------------------------------------------------------------- inputs
