@@ -21,8 +21,16 @@ struct Sample {
 struct PackedModel {
   const EncoderKernels* kernels;  // of the set that it was packed for
   int64_t vocabulary, places;
+  int64_t bytes, products;  // that a call reads, and that it computes for each row
   std::vector<Sample> samples;
 };
+
+// Threads that are worth waking: one for each 60 us that one thread would take, at some 60 GB/s and
+// 40 products a nanosecond.
+int worthwhile(int threads, const PackedModel& m, int64_t rows) {
+  const int64_t microseconds = m.bytes / 60'000 + rows * m.products / 40'000;
+  return (int)std::min<int64_t>(threads, 1 + microseconds / 60);
+}
 
 void sample(std::vector<Sample>& samples, const float* weight, int64_t count) {
   if (!weight || count < 1) return;
@@ -77,7 +85,9 @@ void give_back(team::Job* job) {
 }  // namespace
 
 // Whether the instruction set in use has products of this precision.
-API int64_t fasttx_encoder_offers(int precision) { return kernels_in_use().encoder->offers((Precision)precision); }
+API int64_t fasttx_encoder_offers(int precision) {
+  return kernels_in_use().encoder->offers((Precision)precision);
+}
 
 // 0, and the model; NO_MEMORY; or 1 where this precision cannot hold such sizes.
 API int64_t fasttx_encoder_create(const EncoderWeights* weights, int precision, void** model) {
@@ -91,7 +101,9 @@ API int64_t fasttx_encoder_create(const EncoderWeights* weights, int precision, 
 #if defined(MADV_HUGEPAGE)
   if (bytes > HUGE_PAGE) madvise(memory, whole, MADV_HUGEPAGE);
 #endif
-  new (memory) PackedModel{kernels, weights->vocabulary, weights->places, samples_of(*weights)};
+  const int64_t d = weights->d_model, products = weights->layers * d * (4 * d + 2 * weights->d_ff);
+  new (memory) PackedModel{kernels, weights->vocabulary, weights->places, (int64_t)bytes, products,
+                           samples_of(*weights)};
   kernels->pack(*weights, (Precision)precision, static_cast<char*>(memory) + aligned(sizeof(PackedModel)));
   *model = memory;
   return 0;
@@ -123,10 +135,13 @@ API int64_t fasttx_encoder_forward(const void* model, const int32_t* ids, const 
   for (int64_t r = offsets[0]; r < offsets[batch]; r++)
     if (ids[r] < 0 || ids[r] >= m.vocabulary) return r - offsets[0] + 1;
 
+  if (split == (int)Split::BY_SIZE) threads = worthwhile(threads, m, offsets[batch] - offsets[0]);
+
   const Texts texts = {ids, offsets, batch, logits};
   int64_t phases = 0;
   const size_t bytes = m.kernels->call_bytes(packed, texts, threads, (Split)split, &phases);
-  const size_t head = aligned(sizeof(CallRoom)), table = phases * sizeof(team::Phase), counts = aligned(8 * phases);
+  const size_t head = aligned(sizeof(CallRoom)), table = phases * sizeof(team::Phase);
+  const size_t counts = aligned(8 * phases);
   team::Pool::Block* block = team::shared().pool.take(head + table + counts + bytes + 256);
   if (!block) return NO_MEMORY;
   char* at = block->data();

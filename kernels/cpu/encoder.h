@@ -301,7 +301,8 @@ static void attend(const float* qkv, int64_t ld, int64_t apart, float* out, int6
                    int64_t first, int64_t last, int64_t head_dim, int64_t hp, float* space) {
   using S = typename E::Stored;
   const auto nothing = [](int64_t, int64_t, int64_t) {};
-  const int64_t keys = parts(length, GN) * GN, key_units = parts(length, E::PER), depth = parts(head_dim, E::PER);
+  const int64_t keys = parts(length, GN) * GN, key_units = parts(length, E::PER);
+  const int64_t depth = parts(head_dim, E::PER);
   float* kt = space;                 // panels of keys: (keys / GN, depth, GN)
   float* v = kt + keys * depth;      // panels of columns: (hp / GN, key_units, GN)
   float* s = v + key_units * hp;     // (GM, keys), scores and then weights
@@ -328,7 +329,8 @@ static void attend(const float* qkv, int64_t ld, int64_t apart, float* out, int6
   const float to_base2 = LOG2E / __builtin_sqrtf((float)head_dim);
   const int64_t tiles = parts(last - first, GM);
   for (int64_t t = 0; t < tiles; t++) {
-    const int64_t at = first + share(last - first, t, tiles), m = first + share(last - first, t + 1, tiles) - at;
+    const int64_t at = first + share(last - first, t, tiles);
+    const int64_t m = first + share(last - first, t + 1, tiles) - at;
     F top[GM];
     for (int64_t i = 0; i < m; i++) top[i] = splat(-__builtin_inff());
     product<E>(qkv + at * ld, ld, 0, m, kt, depth, 0, keys / GN, nothing,
@@ -399,8 +401,8 @@ struct Items {
 
   // take(row, column, x W^T + bias), for panels [p0, p1).
   template <class Take>
-  INLINE void linear(const PackedLinear& l, Operand x, int64_t rows, int64_t p0, int64_t p1, const float* scales,
-                     const Take& take) {
+  INLINE void linear(const PackedLinear& l, Operand x, int64_t rows, int64_t p0, int64_t p1,
+                     const float* scales, const Take& take) {
     product<E>(x.data, x.ld, 0, rows, l.panels, l.depth, p0, p1, [](int64_t, int64_t, int64_t) {},
                [&](int64_t row, int64_t column, F sum) __attribute__((always_inline)) {
       if constexpr (BYTES) {
@@ -413,13 +415,16 @@ struct Items {
   }
 
   void project(const PackedLinear& l, Operand x, int64_t rows, int64_t p0, int64_t p1, float* y, int64_t y_ld) {
-    linear(l, x, rows, p0, p1, own.scales, [=](int64_t row, int64_t column, F sum) __attribute__((always_inline)) {
+    linear(l, x, rows, p0, p1, own.scales,
+           [=](int64_t row, int64_t column, F sum) __attribute__((always_inline)) {
       store(stored(y + row * y_ld) + column, sum);
     });
   }
 
-  void activate(const PackedLinear& l, Operand x, int64_t rows, int64_t p0, int64_t p1, float* y, int64_t y_ld) {
-    linear(l, x, rows, p0, p1, own.scales, [=](int64_t row, int64_t column, F sum) __attribute__((always_inline)) {
+  void activate(const PackedLinear& l, Operand x, int64_t rows, int64_t p0, int64_t p1, float* y,
+                int64_t y_ld) {
+    linear(l, x, rows, p0, p1, own.scales,
+           [=](int64_t row, int64_t column, F sum) __attribute__((always_inline)) {
       if (m.gelu) {
         F cdf, pdf;
         normal(sum, cdf, pdf);
@@ -433,7 +438,8 @@ struct Items {
 
   void add(const PackedLinear& l, Operand x, int64_t rows, int64_t p0, int64_t p1, float* h) {
     const int64_t dp = m.dp;
-    linear(l, x, rows, p0, p1, own.scales, [=](int64_t row, int64_t column, F sum) __attribute__((always_inline)) {
+    linear(l, x, rows, p0, p1, own.scales,
+           [=](int64_t row, int64_t column, F sum) __attribute__((always_inline)) {
       float* to = h + row * dp + column;
       store(to, load(to) + sum);
     });
@@ -481,13 +487,14 @@ struct Items {
     const int64_t head = in_text / pieces, piece = in_text % pieces, units = head * m.hp / PER;
     attend<typename P::Attended>(c.qkv + start * c.qkv_ld + units, c.qkv_ld, m.heads * m.hp / PER,
                                  c.mixed + start * c.mixed_ld + units, c.mixed_ld, length,
-                                 share(length, piece, pieces), share(length, piece + 1, pieces), m.head_dim, m.hp,
-                                 own.space);
+                                 share(length, piece, pieces), share(length, piece + 1, pieces),
+                                 m.head_dim, m.hp, own.space);
   }
 
   // The mean of a text's normed rows, and the head.
   void finish(int64_t b) {
-    const int64_t first = c.texts.offsets[b] - c.texts.offsets[0], last = c.texts.offsets[b + 1] - c.texts.offsets[0];
+    const int64_t* offsets = c.texts.offsets;
+    const int64_t first = offsets[b] - offsets[0], last = offsets[b + 1] - offsets[0];
     const auto nothing = [](int64_t, int64_t, int64_t) {};
     float *n = own.space, *pooled = n + m.dp, *hidden = pooled + m.dp;
     memset(pooled, 0, 4 * m.dp);
@@ -504,8 +511,8 @@ struct Items {
       normal(sum, cdf, pdf);
       store(hidden + column, sum * cdf);
     });
-    product<Floats>(hidden, m.dp, 0, 1, m.classify.panels, m.classify.depth, 0, m.classify.columns / GN, nothing,
-                    [&](int64_t, int64_t column, F sum) {
+    product<Floats>(hidden, m.dp, 0, 1, m.classify.panels, m.classify.depth, 0, m.classify.columns / GN,
+                    nothing, [&](int64_t, int64_t column, F sum) {
       const int64_t left = m.classes - column;
       if (left > 0)
         store_first(c.texts.logits + b * m.classes + column, sum + load(m.classify.bias + column),
@@ -555,7 +562,8 @@ struct Items {
     }
     if (layer < m.layers) {
       const PackedBlock& l = m.blocks[layer];
-      project(l.qkv, normed(l.norm1, r0, r1, l.qkv), rows, 0, l.qkv.columns / GN, c.qkv + r0 * c.qkv_ld, c.qkv_ld);
+      project(l.qkv, normed(l.norm1, r0, r1, l.qkv), rows, 0, l.qkv.columns / GN, c.qkv + r0 * c.qkv_ld,
+              c.qkv_ld);
     }
   }
 };
@@ -628,14 +636,16 @@ static size_t encoder_call_bytes(const void* model, const Texts& t, int threads,
   return pieces.used;
 }
 
-static void encoder_start(const void* model, const Texts& t, int threads, Split split, void* call, int64_t* items) {
+static void encoder_start(const void* model, const Texts& t, int threads, Split split, void* call,
+                          int64_t* items) {
   const Model& m = *static_cast<const Model*>(model);
   Pieces pieces{static_cast<char*>(call)};
   Call& c = *pieces.take<Call>(1);
   lay_out(m, t, threads, split, pieces, c);
   const int64_t attention = c.first_item[t.batch];
-  const int64_t steps[] = {parts(3 * m.heads * m.hp / GN, c.qkv_share), attention, parts(m.dp / GN, c.out_share),
-                           parts(m.fp / GN, c.up_share), parts(m.dp / GN, c.out_share)};
+  const int64_t steps[] = {parts(3 * m.heads * m.hp / GN, c.qkv_share), attention,
+                           parts(m.dp / GN, c.out_share), parts(m.fp / GN, c.up_share),
+                           parts(m.dp / GN, c.out_share)};
   const int64_t phases = phases_of(m, c.columns);
   for (int64_t i = 0; i < phases; i++)
     items[i] = c.columns ? (i == 0 ? 1 : steps[(i - 1) % 5]) : i % 2 ? attention : c.blocks;

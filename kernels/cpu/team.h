@@ -311,7 +311,8 @@ class Pool {
         return;
       }
       // The smallest goes.
-      const auto smallest = std::min_element(free_, free_ + count_, [](Block* a, Block* b) { return a->size < b->size; });
+      const auto smaller = [](Block* a, Block* b) { return a->size < b->size; };
+      const auto smallest = std::min_element(free_, free_ + count_, smaller);
       if ((*smallest)->size < block->size) std::swap(*smallest, block);
     }
     free(block);

@@ -78,7 +78,8 @@ Doubles logits_of_text(const RandomWeights& w, const int32_t* ids, int64_t lengt
   Doubles h(length * d);
   for (int64_t r = 0; r < length; r++)
     for (int64_t c = 0; c < d; c++)
-      h[r * d + c] = (double)w.all.embedding[ids[r] * d + c] * w.all.embedding_scale + w.all.positions[r * d + c];
+      h[r * d + c] = (double)w.all.embedding[ids[r] * d + c] * w.all.embedding_scale +
+                     w.all.positions[r * d + c];
   for (const BlockWeights& b : w.blocks) {
     const Doubles qkv = applied(b.qkv, normed(b.norm1, h, d), 3 * d, d);
     Doubles mixed(length * d);
