@@ -232,7 +232,7 @@ def test_an_inference_peer_does_not_train():
 # ----------------------------------------------------------------------------------------- engines
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", [*ENGINES, *model_level.native_names()])
 def test_an_engine_runs_the_reference_s_function(name):
     made = model_level.bulk(SMALL, 64)
     enter(made, name).step(0)
@@ -278,10 +278,10 @@ def test_onnx_runtime_gets_fused_operators():
 # -------------------------------------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize("name", ["padded-sdpa", "fasttx-fp32"])
+@pytest.mark.parametrize("name", ["padded-sdpa", "onnxruntime-fp32", *text_level.OURS])
 def test_texts_get_the_labels_of_the_reference(name):
     made = text_level.bulk(SMALL, 64)
-    contestant = made.enter(name)
+    contestant = enter(made, name)
     work = contestant.work
     ids = work.tokenizer.encode_batch(work.inputs[1]).truncate(SMALL.config.max_len)
     (batch,) = make_batches(ids, len(ids), CPU)
