@@ -1,0 +1,93 @@
+// AVX-512 by its definition, for machines without it: included before kernels/cpu/isa.cpp, which is then
+// compiled with -mavx2 -mfma. What the kernels do with vector types the compiler makes of two halves;
+// here are the intrinsics. One that is missing ends the compilation.
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>
+
+#define __AVX512F__ 1
+#if defined(EMULATE_BFLOAT16)
+#define __AVX512BF16__ 1
+#endif
+#define asm(...)  // which hold a value in a register of AVX-512
+
+namespace emulated {
+
+template <class Lane>
+static inline __m512 lanes(Lane lane) {
+  __m512 out;
+  for (int i = 0; i < 16; i++) out[i] = lane(i);
+  return out;
+}
+
+static inline __m512 set1(float x) { return __m512{} + x; }
+
+static inline __m512 max(__m512 a, __m512 b) {  // b where one is NaN
+  return lanes([&](int i) { return a[i] > b[i] ? a[i] : b[i]; });
+}
+
+static inline __m512 keep(__mmask16 mask, __m512 x) {
+  return lanes([&](int i) { return mask >> i & 1 ? x[i] : 0.0f; });
+}
+
+static inline __m512i multiply_low_halves(__m512i a, __m512i b) {
+  __m512i out;
+  for (int i = 0; i < 8; i++) out[i] = (long long)((uint64_t)(uint32_t)a[i] * (uint32_t)b[i]);
+  return out;
+}
+
+template <int how>
+static inline __m512 round_scale(__m512 x) {
+  static_assert(how == 8, "to the nearest integer, ties to even");
+  return lanes([&](int i) { return rintf(x[i]); });
+}
+
+template <int how>
+static inline __mmask16 compare(__m512 a, __m512 b) {
+  static_assert(how == _CMP_NLT_UQ, "not less than, or unordered");
+  unsigned mask = 0;
+  for (int i = 0; i < 16; i++) mask |= (unsigned)!(a[i] < b[i]) << i;
+  return (__mmask16)mask;
+}
+
+static inline __m512 scale(__m512 x, __m512 power) {  // x 2^floor(power)
+  return lanes([&](int i) {
+    const float n = floorf(power[i]);
+    return n != n ? n : ldexpf(x[i], (int)fminf(fmaxf(n, -400.0f), 400.0f));
+  });
+}
+
+// Two fused multiplications, the odd one first; subnormal numbers are 0, those that go in and come out.
+static inline __m512 dot_pairs(__m512 sum, __m512bh a, __m512bh b) {
+  uint32_t pairs_a[16], pairs_b[16];
+  memcpy(pairs_a, &a, sizeof pairs_a);
+  memcpy(pairs_b, &b, sizeof pairs_b);
+  const auto normal = [](float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; };
+  const auto number = [&](uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return normal(x);
+  };
+  return lanes([&](int i) {
+    const uint32_t upper = 0xFFFF0000u;
+    float x = fmaf(number(pairs_a[i] & upper), number(pairs_b[i] & upper), normal(sum[i]));
+    x = fmaf(number(pairs_a[i] << 16), number(pairs_b[i] << 16), normal(x));
+    return normal(x);
+  });
+}
+
+}  // namespace emulated
+
+#undef _mm512_roundscale_ps
+#undef _mm512_cmp_ps_mask
+#define _mm512_set1_ps emulated::set1
+#define _mm512_max_ps emulated::max
+#define _mm512_maskz_mov_ps emulated::keep
+#define _mm512_mul_epu32 emulated::multiply_low_halves
+#define _mm512_roundscale_ps(x, how) emulated::round_scale<how>(x)
+#define _mm512_cmp_ps_mask(a, b, how) emulated::compare<how>(a, b)
+#define _mm512_maskz_scalef_ps(mask, x, power) emulated::keep(mask, emulated::scale(x, power))
+#define _mm512_dpbf16_ps emulated::dot_pairs
