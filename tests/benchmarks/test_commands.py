@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import latency_level
 import pytest
 import side_by_side
 import torch
+
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -27,10 +28,7 @@ def run(*command, cwd=ROOT, **environment):
     # pytest-benchmark takes no times in a worker of xdist, and this process may be one.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment = {"FASTTX_DATA": "", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, text=True, capture_output=True,
-        env=inherited | environment,
-    )  # fmt: skip
+    return forks.run([*map(str, command)], cwd, inherited | environment)
 
 
 PLANTED = """

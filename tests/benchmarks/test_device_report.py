@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from fasttx.ops.reference import ReferenceOperations
 from fasttx.ops.registry import BACKENDS, Backend
 from fasttx.testing import quick_cases
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -26,13 +26,8 @@ def test_device_report(tmp_path):
     path = tmp_path / "report.json"
     script = ROOT / "benchmarks" / "device_report.py"
     options = ("--small", "--device", "cpu", "--minutes", "0.7", "--json", path)
-    done = subprocess.run(
-        [sys.executable, script, *options],
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        env=os.environ | {"FASTTX_DATA": "", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    env = os.environ | {"FASTTX_DATA": "", "CUDA_VISIBLE_DEVICES": ""}
+    done = forks.run([str(script), *map(str, options)], tmp_path, env)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) <= device_report.LINES
