@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from fasttx.load import TextClassifier
 from fasttx.models.classifier import TransformerClassifier
+from fasttx.native import NativeClassifier
 from fasttx.text.packing import PackedBatch, RaggedIds
 from fasttx.text.tokenizer import Tokenizer
 
@@ -25,10 +25,6 @@ class NativeEncoder(nn.Module):
 
     def __init__(self, model: TransformerClassifier, precision: str) -> None:
         super().__init__()
-        if importlib.util.find_spec("fasttx.native") is None:
-            require(["this fasttx has no native encoder"])
-        from fasttx.native import NativeClassifier
-
         self.precision = precision
         self.native = NativeClassifier(model, precision)
         require(self.native.unavailable_reasons())
@@ -50,8 +46,7 @@ def predictor(
 ) -> TextClassifier:
     """What `fasttx.load(RUN, precision=precision)` returns. Raises Unavailable."""
     device = model.embedding.device
-    given = (model, tokenizer, tuple(labels), "head", "cut", device)
-    if precision == "fp32":  # by the native encoder where it applies, else by the model
-        return TextClassifier(*given)
-    NativeEncoder(model, precision)
-    return TextClassifier(*given, precision)
+    found = TextClassifier(model, tokenizer, tuple(labels), "head", "cut", device, precision)
+    if precision != "fp32":  # which the model answers in where the encoder does not apply
+        require(found.native.unavailable_reasons())
+    return found
