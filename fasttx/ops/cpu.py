@@ -55,11 +55,12 @@ class Cpu(Adapter):
 
     def description(self) -> dict[str, Any]:
         from fasttx.kernels.cpu import library
-        from fasttx.ops.products import DTYPES, OWN, TORCH
+        from fasttx.ops import products
 
-        own = self.operations.own_products
-        products = {name: OWN if dtype in own else TORCH for name, dtype in DTYPES.items()}
-        return {"instruction_set": library.instruction_set(), "products": products}
+        used = library.instruction_set()
+        why = f"of {', '.join(library.instruction_sets())}"
+        kernels = {"instruction set": {"path": used, "reason": why}}
+        return kernels | products.described(self.operations.own_products)
 
     @functools.cached_property
     def operations(self) -> FusedOperations:

@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -34,31 +34,49 @@ def choices() -> dict[str, str]:
 
     Raises ConfigError for a variable with another value.
     """
+    if given := _given():
+        return dict.fromkeys(DTYPES, given)
+    return {name: who for name, (who, _) in measured().items()}
+
+
+def described(own: Collection[torch.dtype]) -> dict[str, dict[str, str]]:
+    """Who multiplies, where those of `own` are ours, and why: for reports."""
+    found = {}
+    for name, dtype in DTYPES.items():
+        who = OWN if dtype in own else TORCH
+        if who != choices()[name]:
+            why = "as the run began"
+        else:
+            why = f"{VARIABLE} says so" if _given() else measured()[name][1]
+        found[f"products {name}"] = {"path": who, "reason": why}
+    return found
+
+
+def _given() -> str:
+    """The environment variable, or ""."""
     given = os.environ.get(VARIABLE, "")
-    if not given:
-        return dict(measured())
-    if given not in (OWN, TORCH):
+    if given and given not in (OWN, TORCH):
         raise ConfigError(
             f"the environment variable {VARIABLE} is {given!r}; expected {OWN}, {TORCH}, or none: "
             "then the faster one is chosen"
         )
-    return dict.fromkeys(DTYPES, given)
+    return given
 
 
 @functools.cache  # once: the measurement and its log line
-def measured() -> dict[str, str]:
-    """What is faster on this machine, with the number of threads that torch has now."""
-    found, said = {}, []
+def measured() -> dict[str, tuple[str, str]]:
+    """Who is faster on this machine, with the number of threads that torch has now, and why."""
+    found = {}
     for name, dtype in DTYPES.items():
         if dtype == torch.bfloat16 and library.instruction_set() != "avx512bf16":
-            # Nothing to time: without the instruction torch takes a tenth of float32's rate.
-            found[name] = OWN
+            # Nothing to time: torch takes a tenth of float32's rate there.
+            found[name] = OWN, "the processor lacks the instruction that torch's need"
             continue
         own, others = rates(dtype)
-        found[name] = TORCH if others > ADVANTAGE * own else OWN
-        said.append(f"{name} {own / others:.2f} times as fast as torch's")
-    chosen = "; ".join(f"{name}: {who}" for name, who in found.items())
-    log.info("products of linear layers: %s (ours in %s)", chosen, ", ".join(said))
+        who = TORCH if others > ADVANTAGE * own else OWN
+        found[name] = who, f"ours are {own / others:.2f} times as fast as torch's"
+    said = "; ".join(f"{name}: {who} ({why})" for name, (who, why) in found.items())
+    log.info("products of linear layers: %s", said)
     return found
 
 

@@ -185,8 +185,29 @@ INLINE F zip_high(F a, F b, std::integer_sequence<int, L...>) {
 INLINE F zip_low(F a, F b) { return zip_low(a, b, std::make_integer_sequence<int, W>{}); }
 INLINE F zip_high(F a, F b) { return zip_high(a, b, std::make_integer_sequence<int, W>{}); }
 
-// W rows become W columns: log2(W) perfect shuffles.
+// W rows become W columns: log2(W) perfect shuffles. On AVX2 such a shuffle takes two instructions, and
+// there are shuffles that take one.
 INLINE void transpose(F r[W]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  F t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      u[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      u[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xEE);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+#else
   F t[W];
 #pragma GCC unroll 4
   for (int step = 1; step < W; step *= 2) {
@@ -198,6 +219,7 @@ INLINE void transpose(F r[W]) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; i++) r[i] = t[i];
   }
+#endif
 }
 
 // Lane i of the result is the reduction of r[i] by `op`; r is destroyed.
