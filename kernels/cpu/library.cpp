@@ -107,6 +107,7 @@ int64_t share_sums(int threads, int64_t rows, int64_t columns, std::initializer_
 
 // ---- products ------------------------------------------------------------------------------------
 
+constexpr int64_t FEW_PANELS = 4;         // that are packed together, and used before they leave the cache
 constexpr int64_t THREAD_WORK = 1 << 18;  // multiplications that are worth another thread
 
 int worthwhile(int threads, int64_t work) {
@@ -125,12 +126,15 @@ int64_t multiply(const StorageKernels<S>& k, const Linear<S>& a, const Matrix& w
   threads = worthwhile(threads, a.rows * a.n * a.k);
   if (a.rows <= kernels().product_rows(a.k)) {
     const int64_t items = std::min<int64_t>(threads, panels);
-    const size_t own = shares(shares(panels, items) * panel * sizeof(float), 64) * 64;
+    const size_t own = shares(FEW_PANELS * panel * sizeof(float), 64) * 64;
     return share_out(threads, items, own + scratch, [&](int64_t i, char* space) {
-      const int64_t first = panels * i / items, last = panels * (i + 1) / items;
       float* packed = reinterpret_cast<float*>(space);
-      for (int64_t p = first; p < last; p++) k.pack_panel(w, a.n, a.k, p, packed + (p - first) * panel);
-      k.linear_forward(a, packed, 0, a.rows, first, last, space + own);
+      const int64_t end = panels * (i + 1) / items;
+      for (int64_t first = panels * i / items; first < end; first += FEW_PANELS) {
+        const int64_t last = std::min(end, first + FEW_PANELS);
+        for (int64_t p = first; p < last; p++) k.pack_panel(w, a.n, a.k, p, packed + (p - first) * panel);
+        k.linear_forward(a, packed, 0, a.rows, first, last, space + own);
+      }
     });
   }
   float* packed = reinterpret_cast<float*>(packed_room.of(panels * panel * sizeof(float)));
