@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fasttx.errors import ConfigError
 from fasttx.kernels.cpu import library, linear
@@ -82,25 +83,26 @@ def measured() -> dict[str, tuple[str, str]]:
 
 def rates(dtype: torch.dtype) -> tuple[float, float]:
     """FLOP/s of a product and a weight's gradient: ours, and torch's. In turn; the best of each."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
 
-    x, g, weight = draw(ROWS, INPUTS), draw(ROWS, OUTPUTS), draw(OUTPUTS, INPUTS)
-    wide = weight.float()
-    y, dweight = torch.empty_like(g), torch.empty_like(wide)
+    # Also where somebody builds a model of tensors without values, or on another default device.
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x, g, weight = draw(ROWS, INPUTS), draw(ROWS, OUTPUTS), draw(OUTPUTS, INPUTS)
+        wide = weight.float()
+        y, dweight = torch.empty_like(g), torch.empty_like(wide)
 
-    def own() -> None:
-        linear.forward(x, wide, None, y)
-        linear.backward(g, x, dweight, None)
+        def own() -> None:
+            linear.forward(x, wide, None, y)
+            linear.backward(g, x, dweight, None)
 
-    def others() -> None:
-        F.linear(x, weight)
-        torch.mm(g.t(), x)
+        def others() -> None:
+            F.linear(x, weight)
+            torch.mm(g.t(), x)
 
-    best = {own: float("inf"), others: float("inf")}
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        best = {own: float("inf"), others: float("inf")}
         for _ in range(ROUNDS):
             for run in best:
                 best[run] = min(best[run], _seconds(run))

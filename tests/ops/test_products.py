@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fasttx.kernels.cpu import library as kernels
 from fasttx.kernels.cpu import linear
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fasttx import TransformerClassifier
 from fasttx.errors import ConfigError
@@ -153,6 +154,19 @@ def test_the_faster_one_is_chosen_and_said_once(measured, caplog):
 
 def test_both_are_measured(measured):
     assert all(rate > 1e8 for rate in products.rates(torch.float32))
+
+
+@pytest.mark.parametrize("mode", ["meta", "fake", "inference", "autocast"])
+def test_it_is_measured_in_every_mode(measured, mode):
+    """A model may be built in any of them, and asks then."""
+    modes = {
+        "meta": lambda: torch.device("meta"),
+        "fake": FakeTensorMode,
+        "inference": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    }
+    with modes[mode]():
+        assert all(rate > 1e8 for rate in products.rates(torch.float32))
 
 
 def test_the_variable_decides(measured):
