@@ -40,6 +40,7 @@ def build(folder: Path) -> Path:
     commands = {
         "isa": ["-O0", *X86_SETS[SET][2]],  # optimising what is emulated would take minutes
         "library": ["-O1", f"-DFASTTX_SETS=&fasttx_kernels_{SET}"],
+        "encoder": ["-O1", "-pthread"],
     }
     for name, own in commands.items():
         out = ["-c", str(SOURCE / f"{name}.cpp"), "-o", str(folder / f"{name}.o")]
