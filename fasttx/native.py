@@ -57,9 +57,14 @@ class NativeClassifier:
 
     def unavailable_reasons(self) -> list[str]:
         """Why this model cannot be called so, as it is now; each reason says what to do."""
+        if self._computes_otherwise():
+            return ["training mode or autocast: call model.eval(), and leave autocast"]
         if self._fresh() is not None:
             return []
         return list(_reasons(self.model, self.precision))
+
+    def _computes_otherwise(self) -> bool:
+        return self.model.training or torch.is_autocast_enabled("cpu")
 
     def require(self) -> None:
         """Raises ConfigError, with the reasons, where it does not apply."""
@@ -73,7 +78,7 @@ class NativeClassifier:
     def logits(self, ids: RaggedIds, *, batch_size: int = 64) -> Tensor | None:
         """(B, C) float32; None where it does not apply. Raises ValueError and IndexError as the
         model does, for texts that are too long and for ids outside the embedding table."""
-        if self.model.training or torch.is_autocast_enabled("cpu"):
+        if self._computes_otherwise():
             return None
         packed = self._fresh()
         if packed is None:

@@ -25,6 +25,8 @@ OWN, TORCH = "own", "torch"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # torch has to be so many times as fast: only its own kernels keep a row's bits whatever the batch.
 ADVANTAGE = 1.15
+# Sets of processors that have no products of bfloat16; an arm64 processor may.
+WITHOUT_BFLOAT16 = ("avx512", "avx2", "baseline")
 ROWS, INPUTS, OUTPUTS, ROUNDS = 512, 256, 768, 5
 
 log = logging.getLogger("fasttx")
@@ -69,8 +71,8 @@ def measured() -> dict[str, tuple[str, str]]:
     """Who is faster on this machine, with the number of threads that torch has now, and why."""
     found = {}
     for name, dtype in DTYPES.items():
-        if dtype == torch.bfloat16 and library.instruction_set() != "avx512bf16":
-            # Nothing to time: torch takes a tenth of float32's rate there.
+        if dtype == torch.bfloat16 and library.instruction_set() in WITHOUT_BFLOAT16:
+            # Nothing to time: torch reaches a tenth of float32's rate there.
             found[name] = OWN, "the processor lacks the instruction that torch's need"
             continue
         own, others = rates(dtype)

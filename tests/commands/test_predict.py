@@ -182,6 +182,18 @@ def test_int8_elsewhere_is_refused(capsys) -> None:
 
 
 @needs_the_library
+def test_int8_never_becomes_another_precision() -> None:
+    classifier = fasttx.load(RUN, device="cpu", attn_backend="cpu", precision="int8")
+    classifier.model.train()
+    with pytest.raises(ConfigError, match=r"precision int8 cannot be had.*\n.*model\.eval"):
+        classifier.predict(TEXTS)
+    classifier.model.eval()
+    with torch.autocast("cpu"), pytest.raises(ConfigError, match="leave autocast"):
+        classifier.predict(TEXTS)
+    assert len(classifier.predict(TEXTS)) == len(TEXTS)
+
+
+@needs_the_library
 def test_a_hook_is_honoured() -> None:
     classifier = fasttx.load(RUN, device="cpu", attn_backend="cpu")
     before, seen = classifier.logits(TEXTS), []

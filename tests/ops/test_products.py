@@ -152,6 +152,15 @@ def test_the_faster_one_is_chosen_and_said_once(measured, caplog):
         assert f"float32: {expected}" in line
 
 
+@pytest.mark.parametrize(("used", "times"), [("neon", 2), ("avx512bf16", 2), ("avx2", 1)])
+def test_bfloat16_is_measured_where_torch_may_have_it(measured, used, times):
+    measured.setattr(products.library, "instruction_set", lambda: used)
+    asked = []
+    measured.setattr(products, "rates", lambda dtype: asked.append(dtype) or (1.0, 2.0))
+    expected = {"float32": "torch", "bfloat16": "torch" if times == 2 else "own"}
+    assert products.choices() == expected and len(asked) == times
+
+
 def test_both_are_measured(measured):
     assert all(rate > 1e8 for rate in products.rates(torch.float32))
 
