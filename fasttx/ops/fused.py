@@ -108,6 +108,7 @@ class FeedForwardLaunchers(Protocol):
 
     u, du (T, d_ff): what the second product multiplies, and the gradient of what goes into the
     activation. before (T, d_ff): that itself, for gelu; None for relu. dup, dbias, ddown float32.
+    A gradient that is None is not wanted; dbias is where dup is.
     """
 
     def forward(
@@ -117,8 +118,8 @@ class FeedForwardLaunchers(Protocol):
 
     def backward(
         self, dout: Tensor, n: Tensor, up: Tensor, down: Tensor, before: Tensor | None, u: Tensor,
-        du: Tensor, dn: Tensor, dup: Tensor, dbias: Tensor, ddown: Tensor, threshold: int,
-        seed: Tensor | None,
+        du: Tensor, dn: Tensor | None, dup: Tensor | None, dbias: Tensor | None,
+        ddown: Tensor | None, threshold: int, seed: Tensor | None,
     ) -> None: ...  # fmt: skip
 
 
@@ -527,18 +528,17 @@ class FusedOperations(Operations):
         )
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            x, weight, bias = inputs
+            x, weight, _ = inputs
             ctx.save_for_backward(x, weight)
-            ctx.has_bias = bias is not None
 
         def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
             x, weight = ctx.saved_tensors
             needs_x, needs_weight, needs_bias = ctx.needs_input_grad
             dx = operator(dout, weight.t(), None) if needs_x else None
-            if not (needs_weight or needs_bias):
-                return dx, None, None
-            dweight, dbias = operator_backward(dout, x, ctx.has_bias)
-            return dx, dweight, dbias if ctx.has_bias else None
+            if not needs_weight:
+                return dx, None, torch.sum(dout, 0, dtype=torch.float32) if needs_bias else None
+            dweight, dbias = operator_backward(dout, x, needs_bias)
+            return dx, dweight, dbias if needs_bias else None
 
         self._derive("linear", save, backward)
         return operator
@@ -567,27 +567,29 @@ class FusedOperations(Operations):
         def like_gradients(
             dout: Tensor, n: Tensor, up: Tensor, down: Tensor, *rest: Any
         ) -> tuple[Tensor, ...]:
-            """dn, dup, dbias, ddown."""
+            """dn, dup, dbias, ddown; without elements where it is not wanted."""
+            *_, wants_n, wants_up, wants_down = rest
             dup, dbias, ddown = (
-                up.new_empty(shape, dtype=torch.float32)
-                for shape in (up.shape, up.shape[:1], down.shape)
-            )
-            return n.new_empty(n.shape), dup, dbias, ddown
+                up.new_empty(shape if wanted else (0,) * len(shape), dtype=torch.float32)
+                for shape, wanted in (
+                    (up.shape, wants_up), (up.shape[:1], wants_up), (down.shape, wants_down)
+                )
+            )  # fmt: skip
+            return n.new_empty(n.shape if wants_n else (0, 0)), dup, dbias, ddown
 
         def gradients(
             dout: Tensor, n: Tensor, up: Tensor, down: Tensor, u: Tensor, before: Tensor,
-            threshold: int, seed: Tensor | None, gelu: bool,
+            threshold: int, seed: Tensor | None, gelu: bool, *wants: bool,
         ) -> tuple[Tensor, ...]:  # fmt: skip
-            written = like_gradients(dout, n, up, down)
+            written = like_gradients(dout, n, up, down, *wants)
             if not len(n):
                 for x in written:
                     x.zero_()
                 return written
             dout, n, up, down, u, before = (x.contiguous() for x in (dout, n, up, down, u, before))
             du, given = torch.empty_like(u), before if gelu else None
-            dn, dup, dbias, ddown = written
-            weights = dup, dbias, ddown
-            launch.backward(dout, n, up, down, given, u, du, dn, *weights, threshold, seed)
+            wanted = (x if x.numel() else None for x in written)
+            launch.backward(dout, n, up, down, given, u, du, *wanted, threshold, seed)
             return written
 
         options = f"{_DROPOUT}, bool gelu"
@@ -599,7 +601,8 @@ class FusedOperations(Operations):
         )
         operator_backward = self._define(
             "feed_forward_backward(Tensor dout, Tensor n, Tensor up, Tensor down, Tensor u, "
-            f"Tensor before, {options}) -> (Tensor, Tensor, Tensor, Tensor)",
+            f"Tensor before, {options}, bool wants_n, bool wants_up, bool wants_down)"
+            " -> (Tensor, Tensor, Tensor, Tensor)",
             like_gradients,
             gradients,
         )
@@ -615,7 +618,11 @@ class FusedOperations(Operations):
                 return (None,) * 7
             *tensors, seed = ctx.saved_tensors
             threshold, gelu = ctx.options
-            return (*operator_backward(dout, *tensors, threshold, seed, gelu), None, None, None)
+            n, up, bias, down, *_ = ctx.needs_input_grad
+            wants = (n, up or bias, down)
+            found = operator_backward(dout, *tensors, threshold, seed, gelu, *wants)
+            needed = zip(found, (n, up, bias, down), strict=True)
+            return (*(x if needs else None for x, needs in needed), None, None, None)
 
         self._derive("feed_forward", save, backward)
         return operator

@@ -18,10 +18,16 @@ def forward(
 
 def backward(
     dout: Tensor, n: Tensor, up: Tensor, down: Tensor, before: Tensor | None, u: Tensor, du: Tensor,
-    dn: Tensor, dup: Tensor, dbias: Tensor, ddown: Tensor, threshold: int, seed: Tensor | None,
+    dn: Tensor | None, dup: Tensor | None, dbias: Tensor | None, ddown: Tensor | None,
+    threshold: int, seed: Tensor | None,
 ) -> None:  # fmt: skip
+    if ddown is not None:
+        linear.backward(dout, u, ddown, None)
+    if dn is None and dup is None:
+        return
     act, gate = (Act.RELU, u) if before is None else (Act.GELU, before)
     linear.multiply(dout, down.t(), None, du, gate=gate, act=act, threshold=threshold, seed=seed)
-    linear.multiply(du, up.t(), None, dn)
-    linear.backward(dout, u, ddown, None)
-    linear.backward(du, n, dup, dbias)
+    if dn is not None:
+        linear.multiply(du, up.t(), None, dn)
+    if dup is not None:
+        linear.backward(du, n, dup, dbias)

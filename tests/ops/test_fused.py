@@ -89,8 +89,13 @@ def operator_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[Any
         calls += [
             ("feed_forward", (leaf(5, 12), up, bias, down, *drop, False)),
             ("feed_forward", (leaf(5, 12), up, bias, down, *drop, True)),
-            ("feed_forward_backward", (x, x, *weights, draw(5, 8), draw(0, 8), *drop, False)),
-            ("feed_forward_backward", (x, x, *weights, draw(5, 8), draw(5, 8), *drop, True)),
+        ]
+        # before, and what is wanted of n, up and down
+        relu, gelu = (draw(0, 8), *drop, False), (draw(5, 8), *drop, True)
+        calls += [
+            ("feed_forward_backward", (x, x, *weights, draw(5, 8), *options, *wants))
+            for options in (relu, gelu)
+            for wants in ((True, True, True), (True, False, False), (False, False, True))
         ]
     x, weight = leaf(5, 12), leaf(7, 12, dtype=float32)
     calls += [
@@ -152,6 +157,61 @@ def test_a_second_derivative_is_refused(target, case):
     assert all(x.isfinite().all() for x in first)
     with pytest.raises(NotImplementedError, match="second derivative.*reference"):
         sum(x.square().sum() for x in first).backward()
+
+
+@pytest.mark.parametrize("case", [*ROW_CASES, RowCase("linear", 5, 12)], ids=str)
+@over_fused
+def test_frozen_inputs_change_no_other_gradient(target, case):
+    """Of a part of the inputs the same bits come as of all."""
+    inputs = inputs_of(case, target.device)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    full = torch.autograd.grad(sum(x.square().sum() for x in call(case, target, *leaves)), leaves)
+    for i, expected in enumerate(full):
+        mixed = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        loss = sum(x.square().sum() for x in call(case, target, *mixed))
+        (found,) = torch.autograd.grad(loss, mixed[i])
+        if case.op == "linear" and i == 2:  # torch sums it where the kernel is not needed
+            torch.testing.assert_close(found, expected)
+        else:
+            assert torch.equal(found, expected), f"input {i}"
+
+
+@over_fused
+def test_what_is_frozen_costs_no_product(target, monkeypatch):
+    """Only products that a wanted gradient needs: of the MLP's five, and of the linear layer's."""
+    if target.operations._launch.linear is None:
+        pytest.skip("torch multiplies")
+    from fasttx.kernels.cpu import linear
+
+    done: list[str] = []
+    for name in ("multiply", "backward"):
+        launch = getattr(linear, name)
+
+        def counted(*args: Any, launch: Any = launch, name: str = name, **rest: Any) -> None:
+            done.append(name)
+            launch(*args, **rest)
+
+        monkeypatch.setattr(linear, name, counted)
+
+    def products(case: RowCase, *wanted: int) -> list[str]:
+        inputs = inputs_of(case, target.device)
+        for i in wanted:
+            inputs[i].requires_grad_()
+        (out,) = call(case, target, *inputs)
+        done.clear()
+        out.sum().backward()
+        return sorted(done)
+
+    n, up, bias, down = range(4)
+    mlp = RowCase("feed_forward", 5, 12)
+    assert products(mlp, n, up, bias, down) == ["backward"] * 2 + ["multiply"] * 2
+    assert products(mlp, n) == ["multiply"] * 2
+    assert products(mlp, down) == ["backward"]
+    assert products(mlp, up, bias) == products(mlp, bias) == ["backward", "multiply"]
+    x, weight, bias = range(3)
+    assert products(RowCase("linear", 5, 12), x) == ["multiply"]
+    assert products(RowCase("linear", 5, 12), weight, bias) == ["backward"]
+    assert products(RowCase("linear", 5, 12), bias) == []
 
 
 @pytest.mark.parametrize("case", ROW_CASES, ids=str)
