@@ -56,6 +56,10 @@ class MetalError(FasttxError, RuntimeError):
     """FASTTX_MPS=metal, and the Metal kernels cannot be used; the message lists why."""
 
 
+class UnsupportedError(FasttxError, NotImplementedError):
+    """A model of another library asks for something that fasttx does not compute."""
+
+
 class BaselineError(FasttxError, RuntimeError):
     """A linear model cannot be fitted here."""
 

@@ -78,13 +78,17 @@ def _blocks(count: int, device: torch.device) -> Tensor:
 
 
 def attention_keep(
-    seed: Tensor, sequences: int, heads: int, queries: int, keys: int, t: int
-) -> Tensor:
-    """(sequences, heads, queries, keys) bool. counter = (key // 8, query, head, sequence)."""
+    seed: Tensor, sequences: int, heads: int, queries: int, keys: int, t: int,
+    *, first_query: int = 0, first_key: int = 0,
+) -> Tensor:  # fmt: skip
+    """(sequences, heads, queries, keys) bool. counter = (key // 8, query, head, sequence).
+
+    first_query, first_key: of a part of the whole mask; first_key is a multiple of 8.
+    """
     device = seed.device
     counter = (
-        _blocks(keys, device),
-        torch.arange(queries, device=device)[:, None],
+        _blocks(keys, device) + first_key // LANES,
+        torch.arange(first_query, first_query + queries, device=device)[:, None],
         torch.arange(heads, device=device)[:, None, None],
         torch.arange(sequences, device=device)[:, None, None, None],
     )

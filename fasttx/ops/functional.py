@@ -11,15 +11,17 @@ from fasttx.ops.contract import Spans
 from fasttx.ops.dropout import NO_DROPOUT, Dropout
 
 
-def _spans(mask: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Start within its row and length of each sequence, (B,) int32; refuses masks with holes."""
-    batch, _, length, _ = q.shape
+def padded_spans(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Spans:
+    """The spans of padded rows (B * L): those that mask (B, L) calls real; None: all of them.
+
+    Raises ValueError for a mask with a hole, and as `real_tokens`.
+    """
+    first = length * torch.arange(batch, dtype=torch.int32, device=device)
     if mask is None:
-        zero = torch.zeros(batch, dtype=torch.int32, device=q.device)
-        return zero, zero + length
+        return Spans(first, torch.full_like(first, length), length)
     # The search for holes waits for the device anyway.
-    real = real_tokens(mask, (batch, length), wait=True).to(q.device)
-    position = torch.arange(length, device=q.device)
+    real = real_tokens(mask, (batch, length), wait=True).to(device)
+    position = torch.arange(length, device=device)
     start = real.to(torch.uint8).argmax(1) if length else real.sum(1)
     lens = real.sum(1)
     expected = (position >= start[:, None]) & (position < (start + lens)[:, None])
@@ -29,7 +31,12 @@ def _spans(mask: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
             f"attention_mask row {row} has a hole; expected the real tokens of a row to stand "
             "together (left or right padding). Gather them first, or mask whole rows"
         )
-    return start.int(), lens.int()
+    return Spans(first + start.int(), lens.int(), length)
+
+
+def seed_of_generator(device: torch.device) -> Tensor:
+    """() int64: the seed of a dropout site, drawn from torch's default generator."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def scaled_dot_product_attention(
@@ -54,14 +61,11 @@ def scaled_dot_product_attention(
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v have shapes {shapes}; expected three equal (B, H, L, D)")
     batch, heads, length, head_dim = q.shape
-    start, lens = _spans(attention_mask, q)
-    starts = start + length * torch.arange(batch, dtype=torch.int32, device=q.device)
+    spans = padded_spans(attention_mask, batch, length, q.device)
     operations = registry.resolve(backend, q.device, q.dtype, head_dim)
     dropout = NO_DROPOUT
     if dropout_p != 0:
-        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=q.device)
-        dropout = Dropout.of(dropout_p, seed)
+        dropout = Dropout.of(dropout_p, seed_of_generator(q.device))
     q, k, v = (x.transpose(1, 2).reshape(batch * length, heads, head_dim) for x in (q, k, v))
-    spans = Spans(starts, lens, length)
     out = operations.attention_qkv(q, k, v, spans, dropout, causal=is_causal, scale=scale)
     return out.view(batch, length, heads, head_dim).transpose(1, 2)

@@ -588,7 +588,8 @@ class FusedOperations(Operations):
                 return written
             dout, n, up, down, u, before = (x.contiguous() for x in (dout, n, up, down, u, before))
             du, given = torch.empty_like(u), before if gelu else None
-            wanted = (x if x.numel() else None for x in written)
+            dn, dup, dbias, ddown = (x if x.numel() else None for x in written)
+            wanted = dn, dup, dbias, ddown
             launch.backward(dout, n, up, down, given, u, du, *wanted, threshold, seed)
             return written
 

@@ -1,0 +1,24 @@
+"""fasttx and Hugging Face's transformers: `import fasttx.hf` registers our attention there.
+
+    model = AutoModel.from_pretrained(name, attn_implementation="fasttx")
+    model.set_attn_implementation("fasttx:reference")        # a backend by name
+    fasttx.hf.accelerate(model)                              # its other layers too
+
+docs/huggingface.md shows the rest.
+"""
+
+from __future__ import annotations
+
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"fasttx.hf needs transformers ({error}): pip install 'fasttx[hf]'"
+    ) from error
+
+from fasttx.hf import attention
+from fasttx.hf.accelerate import Replaced, accelerate
+
+__all__ = ["Replaced", "accelerate"]
+
+attention.register()
