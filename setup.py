@@ -111,6 +111,13 @@ extras = {
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "threadpoolctl>=3.5"],
     "peers": ["transformers>=4.48", "x-transformers>=2.31"],
     "baselines": ["scikit-learn>=1.4"],
+    "serve": [
+        "starlette>=0.40",
+        "uvicorn>=0.34",
+        "httptools>=0.6",
+        'uvloop>=0.21; platform_system != "Windows"',
+        "prometheus_client>=0.21",
+    ],
 }
 # Not part of dev: what the engines need takes longer to install than it tells the tests.
 engines = ["onnx>=1.17", "onnxruntime>=1.20", "openvino>=2025.0"]
@@ -163,7 +170,7 @@ setup(
     packages=[*find_packages(include=["fasttx", "fasttx.*"]), *leaves],
     package_dir=leaves,
     package_data={
-        "fasttx": ["py.typed"],
+        "fasttx": ["py.typed", "serving/*.html"],
         **{name: ["*.metal", "*.cpp", "*.h"] for name in leaves},
     },
     entry_points={"console_scripts": ["fasttx = fasttx.commands.cli:main"]},

@@ -71,12 +71,16 @@ class TextClassifier:
             raise ConfigError(f"batch_size is {batch_size!r}; expected at least 1 text at a time")
         ids = self.tokenizer.encode_batch(texts)
         windows, owner = self.read(ids)
-        logits = self.native.logits(windows, batch_size=batch_size)
-        if logits is None:
-            logits = self._model_logits(windows, batch_size)
+        logits = self.window_logits(windows, batch_size=batch_size)
         return checked_finite(mean_of_windows(logits, owner), texts)
 
-    def _model_logits(self, ids: RaggedIds, batch_size: int) -> Tensor:
+    def window_logits(self, ids: RaggedIds, *, batch_size: int | None = None) -> Tensor:
+        """(windows, num_classes) fp32 on the CPU, of what `read` returns; by default in one batch.
+        They need not be finite."""
+        batch_size = max(1, len(ids)) if batch_size is None else batch_size
+        logits = self.native.logits(ids, batch_size=batch_size)
+        if logits is not None:
+            return logits
         if self.precision == "int8":  # which torch's products do not have
             self.native.require()
         return predict_logits(

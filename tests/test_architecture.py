@@ -24,8 +24,9 @@ CONTRACT = {"ops.arguments", "ops.contract", "ops.dropout"}
 
 # Extras: fasttx imports and classifies without any of them.
 OPTIONAL = (
-    "datasets", "huggingface_hub", "matplotlib", "pandas", "pyarrow", "safetensors", "scipy",
-    "sklearn", "tokenizers", "tqdm", "transformers", "triton",
+    "datasets", "httptools", "huggingface_hub", "matplotlib", "pandas", "prometheus_client",
+    "pyarrow", "safetensors", "scipy", "sklearn", "starlette", "tokenizers", "tqdm",
+    "transformers", "triton", "uvicorn",
 )  # fmt: skip
 
 
@@ -182,7 +183,7 @@ def test_the_tests_reach_no_other_machine():
 
 
 # Rooms for those who have the package; nothing else imports them before it is needed.
-FOR_THEIR_PACKAGE = ("kernels.triton.", "hf")
+FOR_THEIR_PACKAGE = ("kernels.triton.", "hf", "serving.")
 
 
 @pytest.mark.parametrize("module", [m for m in modules() if not m.startswith(FOR_THEIR_PACKAGE)])

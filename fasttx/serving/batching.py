@@ -1,0 +1,288 @@
+"""Texts that wait for the same model become one packed batch.
+
+A batch is closed when it holds enough tokens, or when nobody else came for a few milliseconds.
+What arrives while the model computes waits for the next one. Nothing is padded, so a batch costs
+what its tokens cost, whatever their lengths.
+
+One thread a model tokenizes and computes. The event loop hands texts over and takes answers; it
+never waits for the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fasttx.load import TextClassifier
+from fasttx.serving.limits import Limits, Refused
+from fasttx.serving.metrics import Metrics
+from fasttx.terminal import decoded
+from fasttx.text.packing import RaggedIds
+from fasttx.text.reading import mean_of_windows
+
+log = logging.getLogger("fasttx.serving")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one text: the probability of each label, and what was read of it."""
+
+    probabilities: list[float]
+    tokens: int
+    truncated: bool
+    waited: float  # seconds in the queue
+    batch: int  # texts in its batch
+
+
+@dataclass(eq=False)
+class _Request:
+    texts: Sequence[str]
+    arrived: float
+    future: asyncio.Future[list[Answer]]
+    answers: list[Answer | None]
+    left: int
+    failed: bool = False
+
+
+@dataclass(eq=False)
+class _Item:
+    """One text of a request; `ids` are its windows, once it is tokenized."""
+
+    request: _Request
+    index: int
+    characters: int
+    ids: RaggedIds | None = None
+    owner: np.ndarray | None = None
+    read: int = 0
+    whole: int = 0
+    waited: float = field(default=0.0)
+
+
+class Batcher:
+    """The queue of one model and the thread that empties it. `classifier` may be exchanged."""
+
+    def __init__(
+        self, name: str, classifier: TextClassifier, limits: Limits, metrics: Metrics
+    ) -> None:
+        self.name, self.classifier, self.limits = name, classifier, limits
+        self._metrics = metrics
+        self._queue: deque[_Item] = deque()
+        self._characters = 0
+        self._changed = threading.Condition()
+        self._held: _Item | None = None  # did not fit the last batch
+        self._ending = False
+        self._busy = False
+        self._last_arrival = -1.0
+        self._gap = 1.0  # between the last two arrivals
+        self._seconds_a_text = 0.005  # of late: for Retry-After
+        self._thread = threading.Thread(target=self._run, name=f"model {name}", daemon=True)
+        self._thread.start()
+
+    # --- the event loop's side --------------------------------------------------------------------
+
+    async def submit(self, texts: Sequence[str]) -> list[Answer]:
+        """One answer a text. Raises Refused where the queue is full, or the wait was too long."""
+        if not texts:
+            return []
+        now = time.monotonic()
+        characters = [len(text) for text in texts]
+        future: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
+        request = _Request(texts, now, future, [None] * len(texts), len(texts))
+        with self._changed:
+            self._refuse_if_full(len(texts), sum(characters))
+            self._gap = now - self._last_arrival
+            self._last_arrival = now
+            self._queue.extend(_Item(request, i, n) for i, n in enumerate(characters))
+            self._characters += sum(characters)
+            self._changed.notify()
+        return await future
+
+    def _refuse_if_full(self, texts: int, characters: int) -> None:
+        waiting, limits = len(self._queue), self.limits
+        full = None
+        if waiting + texts > limits.queue_texts:
+            full = f"{waiting:,} texts are waiting; at most {limits.queue_texts:,} may"
+        elif self._characters + characters > limits.queue_characters:
+            full = f"{self._characters:,} characters are waiting; at most "
+            full += f"{limits.queue_characters:,} may"
+        if full:
+            wait = waiting * self._seconds_a_text
+            raise Refused(429, f"too many requests: {full}. Send this one again later", wait)
+
+    @property
+    def waiting(self) -> int:
+        """Texts in the queue."""
+        return len(self._queue)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing is being computed."""
+        with self._changed:
+            return not (self._queue or self._held or self._busy)
+
+    def close(self) -> None:
+        """What waits is answered; then the thread ends."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        self._thread.join()
+
+    # --- the model's thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while batch := self._next_batch():
+                self._compute(batch)
+                with self._changed:
+                    self._busy = False
+
+    def _next_batch(self) -> list[_Item]:
+        """The texts to compute next; empty at the end."""
+        batch: list[_Item] = []
+        tokens, closing = 0, None
+        while tokens < self.limits.batch_tokens:
+            item = self._next_item(closing)
+            if item is None:
+                break
+            if not self._tokenize(item):
+                continue
+            if batch and tokens + item.read > self.limits.batch_tokens:
+                self._held = item
+                break
+            batch.append(item)
+            tokens += item.read
+            if closing is None:
+                closing = item.request.arrived + self.limits.batch_wait_ms / 1e3
+        return batch
+
+    def _next_item(self, closing: float | None) -> _Item | None:
+        """The next text; None where none comes until `closing`, or at the end."""
+        if self._held is not None:
+            item, self._held = self._held, None
+            return item
+        with self._changed:
+            while not self._queue:
+                if self._ending:
+                    return None
+                if closing is None:
+                    self._changed.wait()
+                    continue
+                left = closing - time.monotonic()
+                # Who comes alone would wait for nobody.
+                if left <= 0 or self._gap * 1e3 > self.limits.batch_wait_ms:
+                    return None
+                self._changed.wait(left)
+            self._busy = True
+            item = self._queue.popleft()
+            self._characters -= item.characters
+            self._metrics.waiting.labels(self.name).set(len(self._queue))
+            return item
+
+    def _tokenize(self, item: _Item) -> bool:
+        """Whether it is to be computed: its client may be gone, or have waited too long."""
+        request = item.request
+        if item.ids is not None:
+            return True
+        if request.failed or request.future.cancelled():
+            return False
+        item.waited = time.monotonic() - request.arrived
+        if item.waited > self.limits.queue_seconds:
+            message = (
+                f"this request waited {item.waited:.1f} s; at most {self.limits.queue_seconds:g} s "
+                "are allowed. Send it again later"
+            )
+            self._fail([request], Refused(429, message, self.waiting * self._seconds_a_text))
+            return False
+        try:
+            ids = self.classifier.tokenizer.encode_batch([decoded(request.texts[item.index])])
+            item.ids, item.owner = self.classifier.read(ids)
+        except Exception:
+            log.exception("model %s: a text could not be tokenized", self.name)
+            self._fail([request], _FAILURE)
+            return False
+        item.read, item.whole = int(item.ids.lengths.sum()), len(ids.values)
+        return True
+
+    def _compute(self, batch: list[_Item]) -> None:
+        begin = time.monotonic()
+        try:
+            answers = self._answers(batch)
+        except Exception:
+            log.exception("model %s: a batch of %d texts failed", self.name, len(batch))
+            self._metrics.failed_batches.labels(self.name).inc()
+            self._fail([item.request for item in batch], _FAILURE)
+            return
+        seconds = time.monotonic() - begin
+        self._seconds_a_text += 0.1 * (seconds / len(batch) - self._seconds_a_text)
+        self._count(batch, seconds)
+        done: dict[_Request, list[tuple[int, Answer | None]]] = {}
+        for item, answer in zip(batch, answers, strict=True):
+            done.setdefault(item.request, []).append((item.index, answer))
+        self._in_loop(batch[0].request, _deliver, done)
+
+    def _answers(self, batch: list[_Item]) -> list[Answer | None]:
+        """None for a text whose answer is not finite."""
+        parts, owners, texts = [], [], 0
+        for item in batch:
+            assert item.ids is not None
+            parts.append(item.ids)
+            owners.append(np.full(len(item.ids), texts))
+            texts += 1
+        logits = self.classifier.window_logits(RaggedIds.concatenate(parts))
+        rows = mean_of_windows(logits, np.concatenate(owners)).double()
+        finite = rows.isfinite().all(-1).tolist()
+        return [
+            Answer(p, item.read, item.read < item.whole, item.waited, texts) if is_finite else None
+            for item, p, is_finite in zip(batch, rows.softmax(-1).tolist(), finite, strict=True)
+        ]
+
+    def _count(self, batch: list[_Item], seconds: float) -> None:
+        metrics, name = self._metrics, self.name
+        metrics.texts.labels(name).inc(len(batch))
+        metrics.tokens.labels(name).inc(sum(item.read for item in batch))
+        metrics.batch_texts.labels(name).observe(len(batch))
+        metrics.batch_seconds.labels(name).observe(seconds)
+        metrics.queue_seconds.labels(name).observe(max(item.waited for item in batch))
+        if cut := sum(item.read < item.whole for item in batch):
+            metrics.truncated.labels(name).inc(cut)
+
+    def _fail(self, requests: Sequence[_Request], error: Refused) -> None:
+        for request in requests:
+            request.failed = True
+        self._in_loop(requests[0], _refuse, requests, error)
+
+    def _in_loop(self, request: _Request, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            request.future.get_loop().call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop has ended, and nobody waits any more
+            log.debug("model %s: an answer came too late", self.name)
+
+
+_FAILURE = Refused(500, "the model failed on this request; the server's log says why")
+
+
+def _deliver(done: dict[_Request, list[tuple[int, Answer | None]]]) -> None:
+    for request, answers in done.items():
+        for index, answer in answers:
+            request.answers[index] = answer
+            request.left -= 1
+            request.failed |= answer is None
+        if request.failed:
+            _refuse([request], _FAILURE)
+        elif not request.left and not request.future.done():
+            request.future.set_result([a for a in request.answers if a is not None])
+
+
+def _refuse(requests: Sequence[_Request], error: Refused) -> None:
+    for request in requests:
+        if not request.future.done():
+            request.future.set_exception(error)
