@@ -6,6 +6,7 @@ import argparse
 import codecs
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 from fasttx import terminal
@@ -73,7 +74,32 @@ def lines_of(content: bytes, where: str) -> list[str]:
     return texts
 
 
+def _score_file(args: argparse.Namespace) -> None:
+    """A table in, the same table with predictions out."""
+    from fasttx.scoring import Scorer, job
+
+    if args.file in (None, "-") or args.text:
+        raise DataError("--out takes the table that --file names, and no other texts")
+    scorer = Scorer(
+        args.run,
+        precision=args.precision,
+        device=args.device,
+        attn_backend=args.attn_backend,
+        batch_size=args.batch_size,
+        all_probabilities=args.all_probabilities,
+        threads=job.threads_of(args.workers),
+    )
+    source, out = Path(args.file), args.out
+    done = job.run(job.Job(source, out, scorer, args.text_column, args.workers))
+    rate = (done.rows - done.resumed) / max(done.seconds, 1e-9)
+    before = f" ({done.resumed:,} of them before)" if done.resumed else ""
+    terminal.say(f"{out}: {done.rows:,} rows{before}, {rate:,.0f} rows/s")
+
+
 def _predict(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        _score_file(args)
+        return
     classifier = load(
         args.run, device=args.device, attn_backend=args.attn_backend, precision=args.precision
     )
@@ -96,6 +122,21 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--file",
         type=flags.path_text,
-        help="a UTF-8 file, one text a line, after those given as arguments; -: standard input",
+        help="a UTF-8 file, one text a line, after those given as arguments; -: standard input; "
+        "with --out a table (csv, tsv, jsonl, parquet, .gz)",
+    )
+    table = parser.add_argument_group("a table of any size")
+    table.add_argument(
+        "--out",
+        type=flags.path,
+        metavar="FILE",
+        help="the table of --file with predictions; the same command goes on after a kill",
+    )
+    table.add_argument("--text-column", metavar="NAME", help="column of texts (default: found)")
+    table.add_argument(
+        "--all-probabilities", action="store_true", help="a column for each label's probability"
+    )
+    table.add_argument(
+        "--workers", type=flags.at_a_time, default=1, metavar="N", help="processes (default: 1)"
     )
     parser.set_defaults(run_command=_predict)
