@@ -135,6 +135,7 @@ tools = [
     "pytest-xdist>=3.5",
     "ruff>=0.9",
     "setuptools>=77",
+    "tensorboard>=2.15",
     # Its kernels are tested without a GPU: interpreted, and compiled ahead of time.
     'triton>=3.4; platform_system == "Linux" and platform_machine == "x86_64"',
     "wheel>=0.40",

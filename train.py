@@ -14,6 +14,7 @@ from fasttx.commands.train import TrainOptions, options
 from fasttx.tasks import TASKS, read_config
 from fasttx.text import splits as data
 from fasttx.training import run as runs
+from fasttx.training import trackers
 from fasttx.training.distributed import Processes
 from fasttx.training.folder import RunFolder
 from fasttx.training.task import Run
@@ -32,10 +33,11 @@ def open_run(asked: TrainOptions, processes: Processes) -> Run | None:
 
 def train(asked: TrainOptions) -> None:
     """Open the run, train it, measure it once on the test split, and report."""
+    trackers.check(asked.log_to)
     with runs.session() as processes:
         run = open_run(asked, processes)
         if run is not None:
-            runs.train(run)
+            runs.train(run, log_to=asked.log_to)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

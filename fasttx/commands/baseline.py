@@ -24,6 +24,7 @@ from fasttx.text import splits as data
 from fasttx.text.duplicates import duplicates_text, overlap_warning
 from fasttx.text.labels import label_table, single_class_warning
 from fasttx.training import run as runs
+from fasttx.training import trackers
 from fasttx.training.checkpoint import read_json
 from fasttx.training.folder import RunFolder
 from fasttx.training.metrics import Metrics, classification_metrics, format_metrics
@@ -160,6 +161,7 @@ def _table_line(results: Mapping[str, Any]) -> str:
 
 
 def _lstm(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    trackers.check(args.log_to)
     given = _settings(args)
     flags.refuse_beside_resume(parser, args.resume, {**given, "out": args.out})
     task = TASKS["the LSTM baseline"].load()
@@ -172,7 +174,10 @@ def _lstm(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             source = data.resolve(TrainConfig(**given).dataset)
             config = lstm.settings(given, source.name)
             run = runs.create(task, config, source, lstm.RECIPE, args.out, processes)
-        results = runs.train(run, quiet=args.json) if run else read_json(folder.results)
+        if run:
+            results = runs.train(run, quiet=args.json, log_to=args.log_to)
+        else:
+            results = read_json(folder.results)
     if args.json:
         terminal.say_json(results)
 
@@ -205,6 +210,7 @@ def add_command(commands: Any) -> None:
     for name in ("epochs", "device", "precision"):
         flags.add_setting(parser, TrainConfig, name)
     flags.add_resume(parser)
+    flags.add_log_to(parser)
     parser.set_defaults(run_command=functools.partial(_lstm, parser))
 
 

@@ -233,6 +233,16 @@ def add_out(parser: Any) -> None:
     )
 
 
+def add_log_to(parser: Any) -> None:
+    parser.add_argument(
+        "--log-to",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="tensorboard, wandb, trackio or mlflow, beside metrics.jsonl; may be repeated",
+    )
+
+
 def add_resume(parser: Any) -> None:
     parser.add_argument(
         "--resume", type=path, metavar="RUN", help="go on with this run; takes no other settings"

@@ -12,6 +12,7 @@ from fasttx.config import PRETRAIN, ModelConfig, PretrainConfig
 from fasttx.tasks import TASKS, read_config
 from fasttx.text import splits as data
 from fasttx.training import run as runs
+from fasttx.training import trackers
 from fasttx.training.folder import RunFolder
 
 # Settings of a classifier's training that say nothing here.
@@ -22,7 +23,8 @@ WITHOUT = (
 
 
 def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    others = ("run_command", "resume", "accepts")
+    trackers.check(args.log_to)
+    others = ("run_command", "resume", "accepts", "log_to")
     values = {k: v for k, v in vars(args).items() if k not in others}
     flags.refuse_beside_resume(parser, args.resume, values)
     out = values.pop("out")
@@ -37,7 +39,7 @@ def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None
             source = data.resolve(config.dataset)
             run = runs.create(task, config, source, "pretrain", out, processes)
         if run is not None:
-            runs.train(run)
+            runs.train(run, log_to=args.log_to)
 
 
 def add_command(commands: Any) -> None:
@@ -50,6 +52,7 @@ def add_command(commands: Any) -> None:
     folder = parser.add_argument_group("run folder")
     flags.add_out(folder)
     flags.add_resume(folder)
+    flags.add_log_to(folder)
     flags.add_settings(parser, PretrainConfig, WITHOUT)
     flags.add_settings(parser, ModelConfig)
     parser.set_defaults(run_command=functools.partial(_pretrain, parser))

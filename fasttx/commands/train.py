@@ -25,6 +25,7 @@ class TrainOptions:
     settings: dict[str, Any]
     model_settings: dict[str, Any]
     accepts: frozenset[str] = frozenset()
+    log_to: tuple[str, ...] = ()
 
     @property
     def dataset(self) -> str:
@@ -65,14 +66,16 @@ def options(argv: Sequence[str] | None = None) -> TrainOptions:
     )
     flags.add_out(run)
     flags.add_resume(run)
+    flags.add_log_to(run)
     for cls in (TrainConfig, ModelConfig):
         flags.add_settings(parser, cls)
     values = vars(parser.parse_args(argv))
     resume, accepts = values.pop("resume"), values.pop("accepts")
+    log_to = tuple(values.pop("log_to"))
     flags.refuse_beside_resume(parser, resume, values)
     recipe, out = values.pop("recipe"), values.pop("out")
     accepts = frozenset() if resume else accepts
-    return TrainOptions(resume, recipe, out, *flags.split(values), accepts)
+    return TrainOptions(resume, recipe, out, *flags.split(values), accepts, log_to)
 
 
 def _recipe_line(name: str, c: TrainConfig) -> str:

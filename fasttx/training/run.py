@@ -31,6 +31,7 @@ from fasttx.training.distributed import Processes
 from fasttx.training.folder import Manifest, RunFolder, digest_of
 from fasttx.training.progress import ProgressDisplay, console, log_file
 from fasttx.training.task import Run, Task
+from fasttx.training.trackers import Trackers
 from fasttx.training.trainer import Trainer
 
 log = logging.getLogger("fasttx")
@@ -218,25 +219,36 @@ def _open_device(name: str, precision: str, processes: Processes) -> torch.devic
 # --- trained, measured, finished ------------------------------------------------------------------
 
 
-def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
+def train(run: Run, *, quiet: bool = False, log_to: Sequence[str] = ()) -> dict[str, Any]:
     """Train from where the run stands to its end, measure, and write results.json. Its content.
 
-    Raises Interrupted (the run is saved and can be resumed) and DivergedError.
+    log_to: names of `trackers` that are given the numbers of metrics.jsonl too. Raises Interrupted
+    (the run is saved and can be resumed) and DivergedError.
     """
     folder, main = run.folder, run.processes.main
     try:
         with log_file(folder.log, main):
-            return _train(run, quiet=quiet or not main)
+            return _train(run, Trackers(log_to if main else ()), quiet=quiet or not main)
     finally:
         folder.close()
 
 
-def _train(run: Run, *, quiet: bool) -> dict[str, Any]:
+def _train(run: Run, trackers: Trackers, *, quiet: bool) -> dict[str, Any]:
+    try:
+        results = _to_the_end(run, trackers, quiet=quiet)
+    except BaseException:
+        trackers.close(failed=True)
+        raise
+    trackers.close()
+    return results
+
+
+def _to_the_end(run: Run, trackers: Trackers, *, quiet: bool) -> dict[str, Any]:
     folder = run.folder
     model = _start(run)
     trainer = Trainer(run, model)
     try:
-        _fit(trainer, quiet=quiet)
+        _fit(trainer, trackers, quiet=quiet)
     except Interrupted:
         how = f"{run.task.command} --resume {folder.path}"
         log.info("stopped and saved; go on with: %s", how)
@@ -247,6 +259,7 @@ def _train(run: Run, *, quiet: bool) -> dict[str, Any]:
     if run.processes.main:
         folder.finish(trainer.progress.metrics_sha256)
         folder.write_json(folder.results, results)
+        trackers.results(results, trainer.progress.step)
         log.info("%s", run.task.closing(run, results))
     return results
 
@@ -266,14 +279,15 @@ def _start(run: Run) -> nn.Module:
     return model
 
 
-def _fit(trainer: Trainer, *, quiet: bool) -> None:
+def _fit(trainer: Trainer, trackers: Trackers, *, quiet: bool) -> None:
     run = trainer.run
     if trainer.restore():
         at = trainer.progress
         log.info("going on from epoch %d, step %d", at.epoch + 1, at.step)
+    trackers.begin(run, trainer.progress.step)
     epochs, samples = run.config.train.epochs, len(run.splits.train)
     display = ProgressDisplay(epochs, samples, quiet=quiet, unit=run.task.unit)
     try:
-        trainer.fit(display.on_batch, display.on_epoch)
+        trainer.fit(display.on_batch, display.on_epoch, trackers.log)
     finally:
         display.close()

@@ -144,13 +144,19 @@ class Trainer:
         self,
         on_batch: Callable[[Progress, int], None] = lambda progress, samples: None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+        on_row: Callable[[dict[str, Any], int], None] = lambda row, step: None,
     ) -> Progress:
-        """Train to the end. Raises Interrupted (saved, resumable) and DivergedError."""
+        """Train to the end; on_row is given what is written to metrics.jsonl, and the step.
+
+        Raises Interrupted (saved, resumable) and DivergedError.
+        """
         self._trim_metrics()
         with self._signals():
             while self.progress.epoch < self.config.epochs:
-                self._train_epoch(on_batch)
-                on_epoch(self._end_epoch())
+                self._train_epoch(on_batch, on_row)
+                row = self._end_epoch()
+                on_row(row, self.progress.step)
+                on_epoch(row)
         return self.progress
 
     def _groups(self) -> list[list[tuple[int, np.ndarray]]]:
@@ -160,7 +166,11 @@ class Trainer:
         n = c.grad_accumulation
         return [batches[i : i + n] for i in range(0, len(batches), n)]
 
-    def _train_epoch(self, on_batch: Callable[[Progress, int], None]) -> None:
+    def _train_epoch(
+        self,
+        on_batch: Callable[[Progress, int], None],
+        on_row: Callable[[dict[str, Any], int], None],
+    ) -> None:
         progress, config = self.progress, self.config
         groups = self._groups()
         self.module.train()
@@ -172,7 +182,7 @@ class Trainer:
             progress.epoch_seconds = before + time.perf_counter() - start
             on_batch(progress, sum(len(indices) for _, indices in group))
             if progress.step % config.log_every == 0:
-                self._log_interval()
+                on_row(self._log_interval(), progress.step)
             due = time.perf_counter() - self._saved_at > config.checkpoint_seconds
             if self.processes.any(due or self._stop):
                 self._save()
@@ -279,7 +289,7 @@ class Trainer:
 
     # --- metrics.jsonl ----------------------------------------------------------------------------
 
-    def _log_interval(self) -> None:
+    def _log_interval(self) -> dict[str, Any]:
         self._read_totals()
         progress = self.progress
         loss, correct, count, _ = np.subtract(progress.totals, progress.logged).tolist()
@@ -294,6 +304,7 @@ class Trainer:
             "samples_per_second": progress.totals[3] / progress.epoch_seconds,
         }
         self._write_metrics(row)
+        return row
 
     def _write_metrics(self, *rows: dict[str, Any]) -> None:
         if self.processes.main:
