@@ -23,8 +23,8 @@ from fasttx.training.task import Run
 def open_run(asked: TrainOptions, processes: Processes) -> Run | None:
     """A new run in a new folder, or the one to resume; None if that one is finished."""
     task = TASKS["classification"].load()
-    if asked.resume:
-        folder = RunFolder(asked.resume)
+    if resume := runs.to_resume(asked.resume, asked.out, processes):
+        folder = RunFolder(resume)
         return runs.resume(task, folder, read_config(folder.config, task.name), processes)
     source = data.resolve(asked.dataset)
     recipe = asked.recipe_for(source.name)

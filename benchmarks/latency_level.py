@@ -108,7 +108,10 @@ class Processes:
             process.start()
             there.close()
             self._all.append((process, here))
-            answer = here.recv()
+            try:
+                answer = here.recv()
+            except EOFError:  # a library failed, and has said so on standard error
+                answer = Unavailable("its process ended before it answered")
             if isinstance(answer, Unavailable):
                 print(f"{name} does not run here: {answer}")
             elif isinstance(answer, AssertionError):

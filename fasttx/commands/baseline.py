@@ -167,8 +167,8 @@ def _lstm(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     task = TASKS["the LSTM baseline"].load()
     # With --json, train.log has it all, and standard output has the JSON alone.
     with runs.session(quiet=args.json) as processes:
-        if args.resume:
-            folder = RunFolder(args.resume)
+        if resume := runs.to_resume(args.resume, args.out, processes):
+            folder = RunFolder(resume)
             run = runs.resume(task, folder, read_config(folder.config, task.name), processes)
         else:
             source = data.resolve(TrainConfig(**given).dataset)

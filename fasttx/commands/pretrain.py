@@ -31,8 +31,8 @@ def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None
     settings, model = flags.split(values)
     task = TASKS["pretraining"].load()
     with runs.session() as processes:
-        if args.resume:
-            folder = RunFolder(args.resume)
+        if resume := runs.to_resume(args.resume, out, processes):
+            folder = RunFolder(resume)
             run = runs.resume(task, folder, read_config(folder.config, task.name), processes)
         else:
             config = replace(PRETRAIN, model=replace(PRETRAIN.model, **model), **settings)

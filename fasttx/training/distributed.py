@@ -103,6 +103,11 @@ def start() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, control)
 
 
+def restarted() -> bool:
+    """Whether torchrun has started this training again, after one of its processes died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+
+
 def _count(name: str, low: int, high: int) -> int:
     text = os.environ[name]
     if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) <= high):

@@ -17,7 +17,7 @@ from torch import nn
 
 from fasttx import device as devices
 from fasttx.config import TrainConfig
-from fasttx.errors import CheckpointError, DataError, DeviceError, Interrupted
+from fasttx.errors import CheckpointError, ConfigError, DataError, DeviceError, Interrupted
 from fasttx.text import splits as data
 from fasttx.training import distributed
 from fasttx.training.checkpoint import (
@@ -50,6 +50,19 @@ def session(*, quiet: bool = False) -> Iterator[Processes]:
 
 
 # --- opened ---------------------------------------------------------------------------------------
+
+
+def to_resume(resume: Path | None, out: Path | None, processes: Processes) -> Path | None:
+    """The run to go on with: `resume`; or, once torchrun has started a training again, the one that
+    it had begun in `out`. Raises ConfigError where that has no name."""
+    if resume or not distributed.restarted():
+        return resume
+    if out is None:
+        raise ConfigError(
+            "torchrun has started this training again and cannot tell which run it was; expected "
+            "--out DIR beside --max-restarts"
+        )
+    return processes.from_main(out if RunFolder(out).config.exists() else None)
 
 
 def create(
