@@ -40,6 +40,18 @@ UNLISTED = (
         "shared",
     ),
     Backend("lean", "fasttx.ops.mps.lean", "what mps falls back to", (), _FLOATS, "shared"),
+    *(
+        Backend(
+            f"sm_{capability}",
+            f"tests.ptx.sm_{capability}",
+            "the Triton kernels, compiled for that GPU and executed by the PTX machine",
+            ("cpu",),
+            BACKENDS["mps"].dtypes,
+            "shared",
+        )
+        for capability in (80, 90)
+        if not INTERPRETED
+    ),
 )
 EVERY = {backend.name: backend for backend in (*BACKENDS.values(), *UNLISTED)}
 
