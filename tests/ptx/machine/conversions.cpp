@@ -20,5 +20,4 @@ void add_conversions(Table& t) {
   // a is the upper half
   TWO("cvt.rn.bf16x2.f32", u32, f32, f32, u32(to_bf16(a)) << 16 | to_bf16(b))
   TWO("cvt.rn.f16x2.f32", u32, f32, f32, u32(to_f16(a)) << 16 | to_f16(b))
-  ONE("cvt.rna.tf32.f32", u32, f32, to_tf32(a))
 }

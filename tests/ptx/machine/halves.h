@@ -3,8 +3,6 @@
 
 #include "lanes.h"
 
-#include <cmath>
-
 typedef _Float16 f16;
 struct bf16 { u16 bits; };
 
@@ -31,9 +29,4 @@ inline u16 to_f16(f32 x) {
   u16 bits;
   memcpy(&bits, &h, 2);
   return bits;
-}
-// To nearest, ties away from zero; 10 bits of the mantissa remain.
-inline u32 to_tf32(f32 x) {
-  if (!std::isfinite(x)) return bits_of(x);
-  return (bits_of(x) + 0x1000) & 0xFFFFE000u;
 }

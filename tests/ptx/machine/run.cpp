@@ -130,9 +130,9 @@ struct Launch {
 };
 
 static void run_program(Machine& m, const Launch& l, const u32* place) {
-  // Shared memory holds NaN, others for each program.
+  // Shared memory holds NaN, of 16 and of 32 bits, others for each program.
   m.shared.assign(l.shared, 0xFF);
-  for (s64 i = 0; i + 1 < l.shared; i += 2) m.shared[i] = u8(m.random());
+  for (s64 i = 0; i + 1 < l.shared; i += 2) m.shared[i] = u8(m.random()) | 0x81;
   m.shadow.resize(std::max<size_t>(m.shadow.size(), l.shared));
   for (Shadow& s : m.shadow) s.in_flight = 0, s.asynchronous_readers = 0;
   m.epoch++;
