@@ -109,6 +109,8 @@ def _targets() -> tuple[list[Target], dict[str, str]]:
 
 
 TARGETS, MISSING = _targets()
+# Those of the CPU that run Triton's kernels: its interpreter, or the PTX machine for two GPUs.
+TRITON = [t for t in TARGETS if t.name in ("triton", "sm_80", "sm_90") and t.device == "cpu"]
 CPU_TARGET = Target(BACKENDS["cpu"], "cpu")
 
 

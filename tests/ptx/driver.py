@@ -11,8 +11,7 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from tests.ptx.machine import Counts, Kernel
+from tests.ptx.machine import Kernel
+from tests.ptx.settings import Ran, Settings
 
 # compute capability -> the most shared memory of a block, in bytes
 TARGETS = {80: 163 * 1024, 90: 227 * 1024}
-
-
-@dataclass(frozen=True)
-class Ran:
-    """One launch."""
-
-    kernel: str
-    grid: tuple[int, int, int]
-    text: str
-    counts: Counts
-
-
-class Settings:
-    """How kernels run, of every launch from now on."""
-
-    seed = 0  # of the schedule and of what nobody wrote
-    rewrite: Callable[[str, str], str] | None = None  # (kernel, PTX) -> PTX to run instead
-    note: Callable[[Ran], None] | None = None  # is told of every launch
 
 
 parsed = functools.lru_cache(maxsize=256)(Kernel)
