@@ -140,7 +140,7 @@ def attention(
             dqkv = torch.empty_like(qkv).unbind(1)
             launchers.backward(torch.empty_like(out), *qkv.unbind(1), out, lse, *dqkv, *options)
 
-    with mock.patch.object(launchers, "dot_precision", lambda dtype: precision):
+    with mock.patch.object(launchers, "dot_precision", return_value=precision):
         return recorded(launch, dtype)
 
 

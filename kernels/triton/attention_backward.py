@@ -28,9 +28,9 @@ from fasttx.kernels.triton.device import (
 def _row_products(out_tile, dout_tile):
     """delta, (BLOCK_M,): the sums of out * dout along each row.
 
-    Products of fp32 are rounded before they are added: the compiler may join a multiplication and an
-    addition, and inside a butterfly of shuffles each lane would then round another product. The lanes
-    of a row would hold sums of different bits. Products of 16 bits are exact in fp32.
+    Products of fp32 are rounded before they are added: the compiler may join a multiplication and
+    an addition, and inside a butterfly of shuffles each lane would then round another product. The
+    lanes of a row would hold sums of different bits. Products of 16 bits are exact in fp32.
     """
     x, y = out_tile.to(tl.float32), dout_tile.to(tl.float32)
     if out_tile.dtype == tl.float32:

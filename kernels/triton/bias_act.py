@@ -84,9 +84,9 @@ def bias_act_backward(
 def tile(columns: int, backward: bool = False) -> dict[str, int]:
     """The compile-time part of a launch.
 
-    The backward pass sums over rows, between warps through shared memory. There the threads of a warp
-    store eight columns each, 32 bytes apart: in a tile of 64 columns two of them meet in a bank, in
-    one of 256 columns eight. Rows of 64 still fill whole sectors.
+    The backward pass sums over rows, between warps through shared memory. There the threads of a
+    warp store eight columns each, 32 bytes apart: in a tile of 64 columns two of them meet in a
+    bank, in one of 256 columns eight. Rows of 64 still fill whole sectors.
     """
     width = min(64 if backward else 256, max(SMALLEST, power_of_two(columns)))
     return {"D": columns, "ROWS": 2048 // width, "COLUMNS": width, "num_warps": 4}

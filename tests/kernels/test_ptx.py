@@ -1,5 +1,5 @@
-"""What the PTX machine says of the Triton kernels beside their results: that it sees what is broken in
-them, and what they take, in counts."""
+"""What the PTX machine says of the Triton kernels beside their results: that it sees what is broken
+in them, and what they take, in counts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from tests.ptx import machine
 
 pytestmark = [
     pytest.mark.skipif(machine.missing() is not None, reason=str(machine.missing())),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
 ]
 
-# Of `make ptx`'s mutations those of one batch, one place of each kind in each kernel; without the kinds
-# whose places may be without effect: a bound that is checked twice, a fence or a wait before another.
+# Of `make ptx`'s mutations those of one batch, one place of each kind in each kernel; without the
+# kinds whose places may be without effect: a bound that is checked twice, a fence or a wait
+# before another.
 SURE = {
     "sm_80": (
         "mma: a1 and a2 exchanged", "mma: b0 and b1 exchanged", "mma: d0 and d1 exchanged",
@@ -37,13 +40,16 @@ def test_what_is_broken_is_seen(target):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_no_count_has_doubled(target):
-    """Bank conflicts, sectors, instructions: counts, not times. Meant: python -m tests.ptx.counts --write."""
+    """Bank conflicts, sectors, instructions: counts, not times. Meant: python -m tests.ptx.counts
+    --write."""
     import triton
 
     from tests.ptx import counts
 
     if triton.__version__ != counts.version():
-        pytest.skip(f"tests/ptx/counts.json is of Triton {counts.version()}, this is {triton.__version__}")
+        pytest.skip(
+            f"tests/ptx/counts.json is of Triton {counts.version()}, this is {triton.__version__}"
+        )
     then, now = counts.kept()[target], counts.measure([target])[target]
     assert now.keys() == then.keys()
     found = [f"{name}: {what}" for name in now for what in counts.worse(now[name], then[name])]

@@ -13,7 +13,9 @@ from tests.ptx.settings import changed
 
 pytestmark = [
     pytest.mark.skipif(machine.missing() is not None, reason=str(machine.missing())),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
 ]
 over_targets = pytest.mark.parametrize("capability", [80, 90])
 SEEDS = (0, 1, 2)

@@ -16,7 +16,9 @@ from tests.ptx.settings import changed
 
 pytestmark = [
     pytest.mark.skipif(machine.missing() is not None, reason=str(machine.missing())),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
 ]
 
 
@@ -24,6 +26,7 @@ pytestmark = [
 def test_attention(head_dim):
     """Strides that are no multiples of 16 make other kernels, which read element by element."""
     from fasttx.kernels.triton import aot
+
     from tests.ptx import driver
 
     case = AttentionCase("launched", (16, 3), heads=aot.HEADS, head_dim=head_dim)
@@ -40,6 +43,7 @@ def test_attention(head_dim):
 
 def test_row_operations():
     from fasttx.kernels.triton import aot
+
     from tests.ptx import driver
 
     ran = {}

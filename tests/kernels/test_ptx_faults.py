@@ -19,16 +19,22 @@ PLACE = "mul.wide.u32 %d10, %w0, 4;\nadd.s64 %d5, %d0, %d10;\n"
 # name -> (PTX that is right, threads, what to replace, by what, what the machine says then)
 FAULTS = {
     "a missing bar.sync": (
-        OWN + NEIGHBOUR.format(32) + "st.shared.b32 [%w3], %w0;\nbar.sync 0;\nld.shared.b32 %w5, [%w4];\n",
-        64, "bar.sync 0;", "", "race: warp 1 lane 0 writes shared byte 128 that another warp read, no bar.sync",
+        OWN + NEIGHBOUR.format(32)
+        + "st.shared.b32 [%w3], %w0;\nbar.sync 0;\nld.shared.b32 %w5, [%w4];\n",
+        64, "bar.sync 0;", "",
+        "race: warp 1 lane 0 writes shared byte 128 that another warp read, no bar.sync",
     ),
     "a missing bar.warp.sync": (
-        OWN + NEIGHBOUR.format(1) + "st.shared.b32 [%w3], %w0;\nbar.warp.sync -1;\nld.shared.b32 %w5, [%w4];\n",
-        32, "bar.warp.sync -1;", "", "race in a warp: warp 0 lane 0 reads shared byte 4 that lane 1 wrote",
+        OWN + NEIGHBOUR.format(1)
+        + "st.shared.b32 [%w3], %w0;\nbar.warp.sync -1;\nld.shared.b32 %w5, [%w4];\n",
+        32, "bar.warp.sync -1;", "",
+        "race in a warp: warp 0 lane 0 reads shared byte 4 that lane 1 wrote",
     ),
     "written after a read": (
-        OWN + NEIGHBOUR.format(32) + "ld.shared.b32 %w5, [%w4];\nbar.sync 0;\nst.shared.b32 [%w3], %w0;\n",
-        64, "bar.sync 0;", "", "race: warp 1 lane 0 reads shared byte 0 that warp 0 wrote, no bar.sync between",
+        OWN + NEIGHBOUR.format(32)
+        + "ld.shared.b32 %w5, [%w4];\nbar.sync 0;\nst.shared.b32 [%w3], %w0;\n",
+        64, "bar.sync 0;", "",
+        "race: warp 1 lane 0 reads shared byte 0 that warp 0 wrote, no bar.sync between",
     ),
     "different bits to one place of shared memory": (
         "and.b32 %w5, %w0, 0;\nst.shared.b32 [%w2], %w5;\n",
@@ -46,16 +52,25 @@ FAULTS = {
         PLACE + "ld.global.b32 %w5, [%d5 + 0];\n",
         64, "+ 0", "+ 4", "4 bytes outside every buffer (+4 bytes beyond buffer 0)",
     ),
-    "before a tensor": (PLACE + "ld.global.b32 %w5, [%d5 + 0];\n", 32, "+ 0", "+ -4", "outside every buffer (-4"),
-    "misaligned": (PLACE + "ld.global.b32 %w5, [%d5 + 0];\n", 32, "+ 0", "+ 2", "misaligned access of 4 bytes"),
+    "before a tensor": (
+        PLACE + "ld.global.b32 %w5, [%d5 + 0];\n",
+        32, "+ 0", "+ -4", "outside every buffer (-4",
+    ),
+    "misaligned": (
+        PLACE + "ld.global.b32 %w5, [%d5 + 0];\n",
+        32, "+ 0", "+ 2", "misaligned access of 4 bytes",
+    ),
     "misaligned in shared memory": (
-        OWN + "st.shared.b32 [%w3 + 0], %w0;\n", 32, "+ 0", "+ 1", "misaligned access to shared memory",
+        OWN + "st.shared.b32 [%w3 + 0], %w0;\n",
+        32, "+ 0", "+ 1", "misaligned access to shared memory",
     ),
     "beyond shared memory": (
-        OWN + "st.shared.b32 [%w3 + 0], %w0;\n", 64, "+ 0", "+ 4", "4 bytes at offset 256 of 256 bytes",
+        OWN + "st.shared.b32 [%w3 + 0], %w0;\n",
+        64, "+ 0", "+ 4", "4 bytes at offset 256 of 256 bytes",
     ),
     "a barrier that some lanes miss": (
-        "setp.lt.u32 %p1, %w0, 64;\n@%p1 bar.sync 0;\n", 64, "%w0, 64", "%w0, 20", "only lanes 000fffff reach bar.sync",
+        "setp.lt.u32 %p1, %w0, 64;\n@%p1 bar.sync 0;\n",
+        64, "%w0, 64", "%w0, 20", "only lanes 000fffff reach bar.sync",
     ),
     "a barrier that some warps miss": (
         "setp.lt.u32 %p1, %w0, 64;\n@!%p1 bra $L;\nbar.sync 0;\n$L:\n",
@@ -90,7 +105,11 @@ def test_programs_share_no_memory_that_one_writes():
     with pytest.raises(Fault, match="writes global memory that program 0 writes too"):
         run(PLACE + "st.global.b32 [%d5], %w1;\n", out, programs=2)
     with pytest.raises(Fault, match="reads global memory that program 0 writes"):
-        run(own + "st.global.b32 [%d5], %w3;\nbar.sync 0;\nld.global.b32 %w4, [%d0];\n", out, programs=2)
+        run(
+            own + "st.global.b32 [%d5], %w3;\nbar.sync 0;\nld.global.b32 %w4, [%d0];\n",
+            out,
+            programs=2,
+        )
 
 
 def test_an_endless_loop(monkeypatch):
@@ -103,7 +122,11 @@ def test_what_nobody_wrote_is_nan_of_the_seed():
     found = []
     for seed in (0, 0, 1):
         out = torch.zeros(2, 32)
-        store = PLACE + "st.global.b32 [%d5], %w50;\nld.shared.b32 %w51, [%w2];\nst.global.b32 [%d5 + 128], %w51;\n"
+        store = (
+            PLACE
+            + "st.global.b32 [%d5], %w50;\nld.shared.b32 %w51, [%w2];\n"
+            + "st.global.b32 [%d5 + 128], %w51;\n"
+        )
         run(store, out, shared=64, seed=seed)
         assert out.isnan().all()
         found.append(out.view(torch.int32))
@@ -159,7 +182,9 @@ def test_what_the_machine_does_not_know_is_named(line, complaint):
     ],
 )
 def test_bank_conflicts(address, width, wavefronts, conflicts):
-    registers = {"v4.b32": "{%w5, %w6, %w7, %w8}", "v2.b32": "{%w5, %w6}", "b16": "%h5"}.get(width, "%w5")
+    registers = {"v4.b32": "{%w5, %w6, %w7, %w8}", "v2.b32": "{%w5, %w6}", "b16": "%h5"}.get(
+        width, "%w5"
+    )
     body = f"{address}\nadd.s32 %w3, %w3, %w2;\nld.shared.{width} {registers}, [%w3];\n"
     counts = run(body, shared=8192)
     assert (counts.wavefronts, counts.conflicts) == (wavefronts, conflicts)
@@ -168,13 +193,20 @@ def test_bank_conflicts(address, width, wavefronts, conflicts):
 
 @pytest.mark.parametrize(
     ("stride", "width", "sectors", "needed"),
-    [(4, "b32", 4, 4), (32, "b32", 32, 4), (0, "b32", 1, 1), (2, "b16", 2, 2), (16, "v4.b32", 16, 16)],
+    [
+        (4, "b32", 4, 4),
+        (32, "b32", 32, 4),
+        (0, "b32", 1, 1),
+        (2, "b16", 2, 2),
+        (16, "v4.b32", 16, 16),
+    ],
 )
 def test_sectors(stride, width, sectors, needed):
     registers = {"v4.b32": "{%w5, %w6, %w7, %w8}", "b16": "%h5"}.get(width, "%w5")
     storage = torch.zeros(32 * 32 + 8, dtype=torch.int32)
     tensor = storage[-storage.data_ptr() % 32 // 4 :][: 32 * 32]  # begins with a sector
-    body = f"mul.wide.u32 %d10, %w0, {stride};\nadd.s64 %d5, %d0, %d10;\nld.global.{width} {registers}, [%d5];\n"
+    body = f"mul.wide.u32 %d10, %w0, {stride};\nadd.s64 %d5, %d0, %d10;\n"
+    body += f"ld.global.{width} {registers}, [%d5];\n"
     counts = run(body, tensor)
     assert (counts.sectors, counts.sectors_needed) == (sectors, needed)
 

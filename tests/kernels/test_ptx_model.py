@@ -14,7 +14,9 @@ from tests.backends import TRITON, Target
 
 pytestmark = [
     pytest.mark.usefixtures("unlisted_backends"),
-    pytest.mark.skipif(os.environ.get("FASTTX_PTX") != "all", reason="minutes: FASTTX_PTX=all, or make ptx"),
+    pytest.mark.skipif(
+        os.environ.get("FASTTX_PTX") != "all", reason="minutes: FASTTX_PTX=all, or make ptx"
+    ),
 ]
 STEPS, LENGTHS = 10, (61, 7, 130, 33)
 

@@ -1,5 +1,5 @@
-"""Each opcode of the PTX machine whose lanes do not see one another, against its definition in the PTX
-ISA, written here once more in Python's integers and fractions."""
+"""Each opcode of the PTX machine whose lanes do not see one another, against its definition in the
+PTX ISA, written here once more in Python's integers and fractions."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def operands(opcode: str, kinds: str) -> list[tuple[int, ...]]:
     columns = []
     for i, kind in enumerate(kinds):
         bits = BITS[kind]
-        if ".f32" in opcode and kind == "w" or opcode.endswith("16x2"):
+        if (".f32" in opcode and kind == "w") or opcode.endswith("16x2"):
             special = list(_SPECIAL_FLOATS)
         else:
             edges = (0, 1, 2, 5, 31, 32, (1 << bits) - 1, 1 << (bits - 1), (1 << (bits - 1)) - 1)
@@ -334,7 +334,7 @@ def test_every_definition_is_that_of_an_opcode():
 def test_predicated_off_lanes_keep_their_value():
     out = torch.full((32,), -1, dtype=torch.int32)
     run(
-        "mov.b32 %w5, 7;\nsetp.lt.u32 %p1, %w0, 9;\nadd.s32 %w6, %w5, 1;\n@%p1 add.s32 %w5, %w5, 3;\n"
+        "mov.b32 %w5, 7;\nsetp.lt.u32 %p1, %w0, 9;\n@%p1 add.s32 %w5, %w5, 3;\n"
         "@!%p1 mul.lo.s32 %w5, %w5, 2;\nmul.wide.u32 %d1, %w0, 4;\nadd.s64 %d2, %d0, %d1;\n"
         "st.global.b32 [%d2], %w5;\n",
         out,

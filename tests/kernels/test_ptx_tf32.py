@@ -1,7 +1,8 @@
-"""TF32, which torch.set_float32_matmul_precision("high") allows: no further off than truncation explains.
+"""TF32, which torch.set_float32_matmul_precision("high") allows: no further off than truncation
+explains.
 
-Tensor cores read the upper 19 bits of a float32, so operands are truncated, not rounded. The bound is
-plain torch's own error where each product's operands are truncated, in the usual multiple.
+Tensor cores read the upper 19 bits of a float32, so operands are truncated, not rounded. The bound
+is plain torch's own error where each product's operands are truncated, in the usual multiple.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from tests.ptx.settings import changed
 
 pytestmark = [
     pytest.mark.skipif(machine.missing() is not None, reason=str(machine.missing())),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
 ]
 CASE, P = AttentionCase("tf32", (64, 0, 45, 1), head_dim=32), 0.1
 
 
 class TruncatedProducts(TorchDispatchMode):
-    """Matrix products of float32, those of derivatives too, see 10 bits of each operand's fraction."""
+    """Matrix products of float32, those of derivatives too, see 10 bits of each operand's
+    fraction."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,5 +1,6 @@
-"""What a warp or a warpgroup of the PTX machine does together, against the layouts that the PTX ISA draws:
-fragments of mma and wgmma, ldmatrix, stmatrix, shuffles, reductions; loads, stores and copies."""
+"""What a warp or a warpgroup of the PTX machine does together, against the layouts that the PTX ISA
+draws: fragments of mma and wgmma, ldmatrix, stmatrix, shuffles, reductions; loads, stores and
+copies."""
 
 from __future__ import annotations
 
@@ -73,7 +74,9 @@ def tf32(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_mma(dtype):
     halves = dtype != torch.float32
-    k, kind = (16, {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype)) if halves else (8, "tf32")
+    k, kind = (
+        (16, {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype)) if halves else (8, "tf32")
+    )
     a, b, c = torch.randn(16, k).to(dtype), torch.randn(k, 8).to(dtype), torch.randn(16, 8)
     parts = (
         words(fragment(a, [a_places(i, halves) for i in range(8 if halves else 4)])),
@@ -100,7 +103,8 @@ def test_mma(dtype):
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "trans"])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_matrices_of_shared_memory(count, transposed):
-    """Lane 8 m + r points to row r of matrix m; lane l receives row l // 4, columns 2 (l % 4) and + 1."""
+    """Lane 8 m + r points to row r of matrix m; lane l receives row l // 4, columns 2 (l % 4) and +
+    1."""
     matrices = torch.arange(count * 64, dtype=torch.int16).view(count, 8, 8)
     order = torch.randperm(8 * count)  # where each row lies, in 16 bytes
     memory = torch.zeros(8 * count, 8, dtype=torch.int16)
@@ -141,8 +145,8 @@ def test_matrices_of_shared_memory(count, transposed):
 def swizzled(matrix: Tensor, width: int, k_major: bool) -> tuple[Tensor, int, int]:
     """A (rows, k) matrix as wgmma reads it, bytes, and its leading and stride offsets.
 
-    Atoms have 8 rows of `width` bytes, whose 16-byte pieces change places by the row: piece p of row r
-    lies where p xor (r width / 128) is.
+    Atoms have 8 rows of `width` bytes, whose 16-byte pieces change places by the row: piece p of
+    row r lies where p xor (r width / 128) is.
     """
     lines = matrix if k_major else matrix.T  # (across, along), along contiguous
     across, size = len(lines), matrix.element_size()
@@ -195,7 +199,11 @@ def test_wgmma(dtype, n, width, in_registers, b_k_major, a_transposed):
     b_descriptor = descriptor(0, *b_offsets, width)
     a_descriptor = descriptor(len(b_image) + gap, *a_offsets, 128 if a_transposed else 32)
     fragments = [
-        words(fragment(a[16 * w : 16 * w + 16], [a_places(i, halves) for i in range(8 if halves else 4)]))
+        words(
+            fragment(
+                a[16 * w : 16 * w + 16], [a_places(i, halves) for i in range(8 if halves else 4)]
+            )
+        )
         for w in range(4)
     ]
     first = names(20, 4) if in_registers else "%d8"
@@ -216,7 +224,8 @@ def test_wgmma(dtype, n, width, in_registers, b_k_major, a_transposed):
         fill + place(1, 6, 16) + loads(6, 20, 4)
         + f"mov.b64 %d8, {a_descriptor};\nmov.b64 %d9, {b_descriptor};\nsetp.ne.b32 %p1, 1, 0;\n"
         + place(2, 7, 2 * n) + loads(7, 100, n // 2)
-        + f"wgmma.fence.sync.aligned;\n{opcode} {names(100, n // 2)}, {first}, %d9, %p1, 1, 1{major};\n"
+        + "wgmma.fence.sync.aligned;\n"
+        + f"{opcode} {names(100, n // 2)}, {first}, %d9, %p1, 1, 1{major};\n"
         + "wgmma.commit_group.sync.aligned;\n{wait}" + place(3, 11, 2 * n) + stores(11, 100, n // 2)
     )  # fmt: skip
     wait = "wgmma.wait_group.sync.aligned 0;\n"
@@ -246,7 +255,9 @@ def test_every_product_has_the_same_code_as_one_that_is_tested():
     sizes = (8, 16, 32, 64, 128, 256)
     kinds = (("16", "bf16"), ("16", "f16"), ("8", "tf32"))
     products = {
-        f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{kind}.{kind}" for n in sizes for k, kind in kinds
+        f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{kind}.{kind}"
+        for n in sizes
+        for k, kind in kinds
     }
     assert products == {name for name in machine.opcodes() if name.startswith("wgmma.mma")}
 

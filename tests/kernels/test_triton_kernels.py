@@ -1,5 +1,5 @@
-"""What is particular to the Triton kernels, on tensors of the CPU: compiled for two GPUs and executed by
-the PTX machine, or under Triton's interpreter (TRITON_INTERPRET=1).
+"""What is particular to the Triton kernels, on tensors of the CPU: compiled for two GPUs and
+executed by the PTX machine, or under Triton's interpreter (TRITON_INTERPRET=1).
 
 Triton decides when a kernel is defined whether it interprets, so that needs a process of its own:
 test_triton.py starts one, for these tests and for those of every backend over the same kernels.

@@ -1,5 +1,6 @@
-"""Triton kernels of a kind that is known to be right on GPUs, after Triton's tutorials (softmax, matrix
-multiplication, fused attention), written anew. That the machine computes them rightly anchors it."""
+"""Triton kernels of a kind that is known to be right on GPUs, after Triton's tutorials (softmax,
+matrix multiplication, fused attention), written anew. That the machine computes them rightly
+anchors it."""
 
 import triton
 import triton.language as tl
@@ -35,7 +36,7 @@ def matmul(
     a_at = a + row[:, None] * a_row + inner[None, :]
     b_at = b + inner[:, None] * b_row + column[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(0, tl.cdiv(k, BLOCK_K)):
+    for i in range(tl.cdiv(k, BLOCK_K)):
         left = k - i * BLOCK_K
         a_tile = tl.load(a_at, mask=inner[None, :] < left, other=0.0)
         b_tile = tl.load(b_at, mask=inner[:, None] < left, other=0.0)

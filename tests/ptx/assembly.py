@@ -17,7 +17,8 @@ HEAD = """.version 8.7
 .reg .b32 %w<512>;
 .reg .b64 %d<64>;
 """
-# %d0 ... are the tensors' addresses, %w0 the thread, %w1 the program, %w2 where shared memory begins.
+# %d0 ... are the tensors' addresses, %w0 the thread, %w1 the program, %w2 where shared memory
+# begins.
 BEGIN = """mov.u32 %w0, %tid.x;
 mov.u32 %w1, %ctaid.x;
 mov.b32 %w2, global_smem;
@@ -33,7 +34,12 @@ def entry(body: str, tensors: int, threads: int = 32) -> str:
 
 
 def run(
-    body: str, *tensors: Tensor, threads: int = 32, programs: int = 1, shared: int = 0, seed: int = 0
+    body: str,
+    *tensors: Tensor,
+    threads: int = 32,
+    programs: int = 1,
+    shared: int = 0,
+    seed: int = 0,
 ) -> Counts:
     """Launches `body` on tensors, which it writes in place."""
     buffers = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in tensors]

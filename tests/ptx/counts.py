@@ -1,11 +1,12 @@
-"""What each kernel takes on the machine, in counts (not times): a table, and the file that tests compare.
+"""What each kernel takes on the machine, in counts (not times): a table, and the file that tests
+compare.
 
     python -m tests.ptx.counts            the table
     python -m tests.ptx.counts --write    writes counts.json anew
 
-instructions: of warps. sectors: of 32 bytes of global memory, as the warps' loads and stores ask for them
-(caches are not modelled), and the fewest that these bytes fit in. wavefronts of shared memory, and how
-many of them are bank conflicts.
+instructions: of warps. sectors: of 32 bytes of global memory, as the warps' loads and stores ask
+for them (caches are not modelled), and the fewest that these bytes fit in. wavefronts of shared
+memory, and how many of them are bank conflicts.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from tests.ptx.machine import COUNTED, Counts
 from tests.ptx.settings import Ran, changed
 
 FILE = Path(__file__).with_name("counts.json")
-# The default model's kernels (head_dim 32, d 256, d_ff 1024) in bf16 with dropout. Of add_norm so many rows
-# that each program of the backward pass takes several blocks of them.
+# The default model's kernels (head_dim 32, d 256, d_ff 1024) in bf16 with dropout. Of add_norm so
+# many rows that each program of the backward pass takes several blocks of them.
 WORK: tuple[Case, ...] = (
     AttentionCase("whole", (128, 100), heads=2, head_dim=32),
     AttentionCase("online", (300,), heads=2, head_dim=32),

@@ -1,8 +1,8 @@
-"""A Triton driver whose device is the machine: `kernel[grid](...)` compiles for a GPU that is not there,
-and the PTX runs on tensors of the CPU.
+"""A Triton driver whose device is the machine: `kernel[grid](...)` compiles for a GPU that is not
+there, and the PTX runs on tensors of the CPU.
 
-Everything before the driver is Triton's own: how it binds and specialises arguments, its caches, its
-compiler. The last step, ptxas, is left out: nobody needs its binary.
+Everything before the driver is Triton's own: how it binds and specialises arguments, its caches,
+its compiler. The last step, ptxas, is left out: nobody needs its binary.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class _Launcher:
         kernel = parsed(text)
         # Two more parameters, of scratch memory that no kernel asks for.
         values += [0] * (len(kernel.program.parameters) - len(values))
-        counts = kernel.launch((x, y, z), values, sorted(buffers), self._metadata.shared, Settings.seed)
+        counts = kernel.launch(
+            (x, y, z), values, sorted(buffers), self._metadata.shared, Settings.seed
+        )
         if Settings.note is not None:
             Settings.note(Ran(function, (x, y, z), text, counts))
 
@@ -108,7 +110,8 @@ class _Driver(DriverBase):
 
 
 def _without_assembler(*work: Any) -> tuple[str, str] | None:
-    """Triton's hook for the stages of its compiler: called without arguments for a key of the cache."""
+    """Triton's hook for the stages of its compiler: called without arguments for a key of the
+    cache."""
     if not work:
         return "PTX only", "PTX only"
     stages = work[1]

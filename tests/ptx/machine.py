@@ -1,14 +1,16 @@
-"""The machine of `machine/*.cpp`, compiled when it is first asked for, and launches of kernels on it.
+"""The machine of `machine/*.cpp`, compiled when it is first asked for, and launches of kernels on
+it.
 
-What is a fault: an access outside the tensors of a launch, or misaligned; shared or global memory that
-two threads of a program use, one of them writing, with no barrier between; stores of different bits to
-one place by one instruction; cp.async or wgmma data used before it was waited for; what a wgmma reads,
-written before that or not fenced for the asynchronous proxy; instructions of a whole warp that some
-lanes never reach, barriers that some warps never reach; global memory that one program writes and
-another touches; more instructions than a kernel can need.
+What is a fault: an access outside the tensors of a launch, or misaligned; shared or global memory
+that two threads of a program use, one of them writing, with no barrier between; stores of different
+bits to one place by one instruction; cp.async or wgmma data used before it was waited for; what a
+wgmma reads, written before that or not fenced for the asynchronous proxy; instructions of a whole
+warp that some lanes never reach, barriers that some warps never reach; global memory that one
+program writes and another touches; more instructions than a kernel can need.
 
-Registers and shared memory that nobody wrote hold NaN. The seed of a launch changes that NaN, the order
-of programs, the turns of warps (1 to 64 instructions), and which of several lanes stores last.
+Registers and shared memory that nobody wrote hold NaN. The seed of a launch changes that NaN, the
+order of programs, the turns of warps (1 to 64 instructions), and which of several lanes stores
+last.
 """
 
 from __future__ import annotations
@@ -31,7 +33,15 @@ import numpy as np
 from tests.ptx.parser import Program
 
 HERE = Path(__file__).resolve().parent / "machine"
-FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-w")
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-w",
+)
 LIMIT = 50_000_000  # instructions of a warp
 OLDEST_COMPILER = 12  # of g++: _Float16 in C++
 
@@ -56,9 +66,10 @@ def missing() -> str | None:
 class Counts:
     """What a launch took, in counts and not in times.
 
-    instructions: of warps. sectors: of 32 bytes, of global memory, moved by the instructions of a warp;
-    sectors_needed: the fewest that the same bytes fit in. wavefronts: of shared memory, 128 bytes at most;
-    conflicts: those beyond one for each 32 lanes x 4 bytes, because two words lie in one bank.
+    instructions: of warps. sectors: of 32 bytes, of global memory, moved by the instructions of a
+    warp; sectors_needed: the fewest that the same bytes fit in. wavefronts: of shared memory, 128
+    bytes at most; conflicts: those beyond one for each 32 lanes x 4 bytes, because two words lie in
+    one bank.
     """
 
     instructions: int = 0
@@ -88,7 +99,8 @@ class _Launch(ctypes.Structure):
     _fields_ = [
         ("code", ctypes.c_void_p), ("length", ctypes.c_int64), ("pool", ctypes.c_void_p),
         ("image", ctypes.c_void_p), ("image_bytes", ctypes.c_int64), ("warps", ctypes.c_int64),
-        ("shared", ctypes.c_int64), ("specials", ctypes.c_void_p), ("special_count", ctypes.c_int64),
+        ("shared", ctypes.c_int64), ("specials", ctypes.c_void_p),
+        ("special_count", ctypes.c_int64),
         ("grid", ctypes.c_void_p), ("buffers", ctypes.c_void_p), ("buffer_count", ctypes.c_int64),
         ("seed", ctypes.c_int64), ("limit", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in COUNTED),
@@ -156,7 +168,8 @@ def opcodes() -> dict[str, tuple[int, str]]:
 
 
 class Kernel:
-    """The entry of a PTX text, ready to be launched. Raises Unsupported for an opcode that is not known."""
+    """The entry of a PTX text, ready to be launched. Raises Unsupported for an opcode that is not
+    known."""
 
     def __init__(self, text: str) -> None:
         self.program = program = Program(text, opcodes())
@@ -171,22 +184,23 @@ class Kernel:
         self._pool = np.array([*program.pool, 0], np.int32)
 
     def launch(
-        self, grid: Sequence[int], values: Sequence[int | float], buffers: Sequence[tuple[int, int]],
-        shared: int, seed: int = 0,
+        self, grid: Sequence[int], values: Sequence[int | float],
+        buffers: Sequence[tuple[int, int]], shared: int, seed: int = 0,
     ) -> Counts:  # fmt: skip
         """Runs all programs.
 
-        values: of the parameters, of a pointer its address. buffers: begin and end of the memory that
-        may be touched. shared: bytes of shared memory. Raises Fault.
+        values: of the parameters, of a pointer its address. buffers: begin and end of the memory
+        that may be touched. shared: bytes of shared memory. Raises Fault.
         """
         image = self.program.image(values, seed)
         specials = np.array([*self.program.specials, (0, 0)], np.int32)
         sizes = np.array([*grid, *(1,) * (3 - len(grid))], np.uint32)
         spans = np.array([*buffers, (0, 0)], np.uint64)
         launch = _Launch(
-            ctypes.addressof(self._code), len(self._code), self._pool.ctypes.data, image.ctypes.data,
-            image.size, self.program.threads // 32, shared, specials.ctypes.data,
-            len(self.program.specials), sizes.ctypes.data, spans.ctypes.data, len(buffers), seed, LIMIT,
+            ctypes.addressof(self._code), len(self._code), self._pool.ctypes.data,
+            image.ctypes.data, image.size, self.program.threads // 32, shared, specials.ctypes.data,
+            len(self.program.specials), sizes.ctypes.data, spans.ctypes.data, len(buffers), seed,
+            LIMIT,
         )  # fmt: skip
         wrong = _library().machine_run(ctypes.byref(launch))
         if wrong:

@@ -90,7 +90,9 @@ class Program:
         self._at: dict[str, int] = {}  # register -> where it lies
         self._width: dict[str, int] = {}
         self._constants: dict[tuple[int, int], int] = {}  # (width, value) -> where it lies
-        self._loads: list[tuple[int, int, str, bool]] = []  # of parameters: where, width, name, signed
+        self._loads: list[
+            tuple[int, int, str, bool]
+        ] = []  # of parameters: where, width, name, signed
         self._bytes = 0
         head, _, body = text[text.index(".entry") :].partition("{")
         self.name = re.match(r"\.entry\s+(\w+)", head)[1]
@@ -276,14 +278,17 @@ class Program:
         self.pool += [*accumulators, *first, self._operand(parts[2], 8), self._operand(parts[3], 0)]
         if parts[4:6] != ["1", "1"]:
             raise Unsupported("negated factors")
-        transposed = [bool(int(part)) for part in parts[6:]]  # none for tf32; of B alone if A is in registers
+        transposed = [
+            bool(int(part)) for part in parts[6:]
+        ]  # none for tf32; of B alone if A is in registers
         transposed = [False] * (2 - len(transposed)) + transposed
         ins.immediate = transposed[0] + 2 * transposed[1] + 4 * in_registers
 
     # ------------------------------------------------------------------------------------ launches
 
     def image(self, values: Sequence[int | float], seed: int) -> np.ndarray:
-        """The registers of a warp as a program begins: constants, parameters, and NaN by the seed."""
+        """The registers of a warp as a program begins: constants, parameters, and NaN by the
+        seed."""
         given = {}
         for (name, code), value in zip(self.parameters, values, strict=True):
             if code == "f":

@@ -1,8 +1,9 @@
-"""Which tests go to the PTX machine, and under which schedule. conftest.py takes its hooks from here.
+"""Which tests go to the PTX machine, under which schedule; conftest.py takes its hooks from here.
 
-    FASTTX_PTX=all        every test of every backend, on sm_80 and sm_90; without it those of CHOSEN
-    FASTTX_PTX=none       no test of a backend
-    FASTTX_PTX_SEED=each  every test under a schedule of its own; a number: all under that one (0: in order)
+FASTTX_PTX=all        every test of every backend, on sm_80 and sm_90; else those of CHOSEN
+FASTTX_PTX=none       no test of a backend
+FASTTX_PTX_SEED=each  every test under a schedule of its own
+FASTTX_PTX_SEED=7     all under this one; without it all in order (0)
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from tests.ptx.settings import Settings
 
 TARGETS = ("sm_80-cpu", "sm_90-cpu")
 
-# Of each target, in the ordinary run: a case of each kind of kernel, since to compile one takes seconds.
-# `*` stands for the target.
+# Of each target, in the ordinary run: a case of each kind of kernel, since to compile one takes
+# seconds. `*` stands for the target.
 CHOSEN = {
     "test_attention.py": (
         "test_float32[*-gaps-full]",
