@@ -78,8 +78,8 @@ MUTATIONS: dict[str, tuple[str, Callable[[str], str]]] = {
     ),
 }  # fmt: skip
 
-# Kind -> how many of two places a kernel may go unseen on a target. docs/kernels-triton.md says why these
-# have no effect on these batches.
+# Kind -> how many may go unseen on a target, of two places a kernel. docs/kernels-triton.md says
+# why these have no effect on these batches.
 UNSEEN = {
     "no bar.sync": 1,
     "cp.async: waits for one group less": 1,
