@@ -19,12 +19,13 @@ QUIET   := $(if $(CI),--quiet --no-compile)
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench bench-once plots aot lint format types clean
+.PHONY: help train test ptx bench bench-once plots aot lint format types clean
 
 help:
 	@echo 'make train    train on IMDB where it can be had, else on the built-in demo data'
 	@echo '              flags for train.py: make train ARGS="--epochs 2"'
 	@echo 'make test     run all tests ($(WORKERS) processes; WORKERS=8 for more)'
+	@echo 'make ptx      every test of the Triton kernels as compiled PTX, executed on the CPU, and mutations of them'
 	@echo 'make bench    time every backend and every peer: make bench ARGS="-k training" for a part of it'
 	@echo 'make plots    figures in docs/ from what make bench saved (make bench-once: does each run?)'
 	@echo 'make aot      compile every Triton kernel for four GPUs, none needed (hours; AOT= for the main ones)'
@@ -41,6 +42,12 @@ train: $(VENV)/.train
 
 test: $(VENV)/.dev
 	$(QUIET_THREADS) $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
+# All cases on both targets, each under a schedule of its own; then what must be seen if it is broken.
+ptx: $(VENV)/.dev
+	FASTTX_PTX=all FASTTX_PTX_SEED=each $(QUIET_THREADS) $(PY) -m pytest -n $(WORKERS) -k 'sm_80 or sm_90 or ptx' $(ARGS)
+	$(QUIET_THREADS) $(PY) -m tests.ptx.mutations --target sm_80
+	$(QUIET_THREADS) $(PY) -m tests.ptx.mutations --target sm_90
 
 # A waiting thread sleeps here too, but each process has all cores.
 bench: $(VENV)/.dev

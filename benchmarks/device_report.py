@@ -1,10 +1,11 @@
 """All that a machine at hand for ten minutes should tell: python benchmarks/device_report.py
 
 Verifies every backend that runs on the device (errors against float64 beside those of plain torch;
-the equivalence suite where pytest is there, compute-sanitizer where that is) and times attention
-and training steps beside the peers, each verified before it is timed. At most 60 lines, under 8
-minutes. Needs torch and numpy; no network, no datasets. pytest-xdist, if there, compiles the
-suite's kernels in parallel. What fails is reported and does not keep the rest from running.
+on CUDA what the tests' PTX machine computes on the CPU beside what the GPU does; the equivalence
+suite where pytest is there, compute-sanitizer where that is) and times attention and training steps
+beside the peers, each verified before it is timed. At most 60 lines, under 8 minutes. Needs torch
+and numpy; no network, no datasets. pytest-xdist, if there, compiles the suite's kernels in
+parallel. What fails is reported and does not keep the rest from running.
 """
 
 from __future__ import annotations
@@ -121,6 +122,21 @@ def equivalence_suite(report: Report, device: torch.device) -> None:
     if done.returncode:
         found = [line for line in lines if line.startswith(("FAILED", "ERROR", "E "))]
         report.say("  " + " | ".join(found[:3]))
+
+
+def machine(report: Report, device: torch.device) -> None:
+    """The PTX machine of the tests beside this GPU: the same kernels, the same inputs."""
+    if device.type != "cuda":
+        report.say(f"PTX machine: left out, it is compared with cuda and this is {device.type}")
+        return
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ptx.hardware"], cwd=ROOT, capture_output=True, text=True,
+        timeout=max(10, min(150, report.left())),
+    )  # fmt: skip
+    said = (done.stdout.strip() or done.stderr.strip()).splitlines() or [
+        f"status {done.returncode}"
+    ]
+    report.say(f"PTX machine beside the GPU: {said[-1]}")
 
 
 def sanitizer_command(tool: str, name: str) -> list[str]:
@@ -294,6 +310,7 @@ def main() -> None:
         else:
             work = partial(errors, report, backend, cases, device)
             report.part(f"errors of {backend.name}", 10, work)
+    report.part("PTX machine", 60, lambda: machine(report, device))
     measure_times(report, setting)
     report.part("equivalence suite", 30, lambda: equivalence_suite(report, device))
     report.part("compute-sanitizer", 20, lambda: sanitizer(report, device))

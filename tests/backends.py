@@ -40,6 +40,18 @@ UNLISTED = (
         "shared",
     ),
     Backend("lean", "fasttx.ops.mps.lean", "what mps falls back to", (), _FLOATS, "shared"),
+    *(
+        Backend(
+            f"sm_{capability}",
+            f"tests.ptx.sm_{capability}",
+            "the Triton kernels, compiled for that GPU and executed by the PTX machine",
+            ("cpu",),
+            BACKENDS["mps"].dtypes,
+            "shared",
+        )
+        for capability in (80, 90)
+        if not INTERPRETED
+    ),
 )
 EVERY = {backend.name: backend for backend in (*BACKENDS.values(), *UNLISTED)}
 
@@ -97,6 +109,8 @@ def _targets() -> tuple[list[Target], dict[str, str]]:
 
 
 TARGETS, MISSING = _targets()
+# Those of the CPU that run Triton's kernels: its interpreter, or the PTX machine for two GPUs.
+TRITON = [t for t in TARGETS if t.name in ("triton", "sm_80", "sm_90") and t.device == "cpu"]
 CPU_TARGET = Target(BACKENDS["cpu"], "cpu")
 
 

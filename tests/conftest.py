@@ -19,10 +19,10 @@ os.environ.setdefault("FASTTX_PRODUCTS", "own")
 
 import torch
 
-# These need a process that interprets Triton's kernels: ops/test_triton.py starts one.
-collect_ignore = []
-if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore.append("kernels/test_triton_interpreted.py")
+# Hooks: which tests the PTX machine takes, and under which schedule.
+from tests.ptx.plugin import _schedule, pytest_collection_modifyitems
+
+__all__ = ["_schedule", "pytest_collection_modifyitems"]
 
 # Beside other workers a second thread mostly waits for its time slice.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))

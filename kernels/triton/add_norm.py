@@ -57,9 +57,10 @@ def add_norm_backward(
     column = tl.arange(0, COLUMNS)
     inside = column < D
     g = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
-    dbias = tl.zeros((COLUMNS,), tl.float32)
-    dgamma = tl.zeros((COLUMNS,), tl.float32)
-    dbeta = tl.zeros((COLUMNS,), tl.float32)
+    # Summed over rows once, at the end: that goes through shared memory.
+    dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dgamma = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dbeta = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside[None, :]
@@ -69,8 +70,8 @@ def add_norm_backward(
         rstd = tl.load(moments + rows + row, mask=row < rows, other=0.0)
         xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
         dn = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
-        dgamma += tl.sum(dn * xhat, 0)
-        dbeta += tl.sum(dn, 0)
+        dgamma += dn * xhat
+        dbeta += dn
         scaled = dn * g[None, :]
         along = tl.sum(scaled * xhat, 1) / D
         level = tl.sum(scaled, 1) / D
@@ -83,11 +84,11 @@ def add_norm_backward(
             keep = row_keep(tl.load(seed), first, 0, threshold, ROWS, COLUMNS)
             branch = tl.where(keep, branch * keep_scale, 0.0)
         tl.store(dy + at, branch.to(dy.dtype.element_ty), mask=mask)
-        dbias += tl.sum(branch, 0)
+        dbias += branch
     sums += program.to(tl.int64) * 3 * D + column
-    tl.store(sums, dbias, mask=inside)
-    tl.store(sums + D, dgamma, mask=inside)
-    tl.store(sums + 2 * D, dbeta, mask=inside)
+    tl.store(sums, tl.sum(dbias, 0), mask=inside)
+    tl.store(sums + D, tl.sum(dgamma, 0), mask=inside)
+    tl.store(sums + 2 * D, tl.sum(dbeta, 0), mask=inside)
 
 
 def tile(columns: int) -> dict[str, int]:

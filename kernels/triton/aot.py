@@ -19,10 +19,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 from fasttx.kernels.triton import tiles
 
 # name -> (backend, architecture, warp size, shared memory of one block in bytes)
@@ -32,29 +34,27 @@ TARGETS: dict[str, tuple[str, Any, int, int]] = {
     "sm_100": ("cuda", 100, 32, 227 * 1024),
     "gfx942": ("hip", "gfx942", 64, 64 * 1024),
 }
-BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
-
-# The type of each argument by its name; what is not here is a pointer to the kernel's dtype.
-_TYPES = {
-    **dict.fromkeys(("lse", "moments", "sums"), "*fp32"),
-    **dict.fromkeys(("starts", "lens", "position_ids"), "*i32"),
-    **dict.fromkeys(("seed", "ids", "order", "ends"), "*i64"),
-    **dict.fromkeys(("sequences", "heads", "rows", "max_seqlen", "words", "longest"), "i32"),
-    **dict.fromkeys(("threshold",), "i32"),
-    **dict.fromkeys(("qk_scale", "scale", "keep_scale", "eps"), "fp32"),
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HEADS = 2  # of the batches that are launched: with head_dim 20 no stride is a multiple of 16
+THRESHOLD = 6554  # dropout of 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """One kernel as one launch compiles it."""
+    """One kernel as one launch compiles it.
+
+    constants: its tl.constexpr arguments, and those that are None. signature: the type of each
+    argument. aligned: which of them are multiples of 16, by their place.
+    """
 
     module: str
     kernel: str
     dtype: str
-    constants: tuple[tuple[str, Any], ...]  # its tl.constexpr arguments, and those that are None
+    constants: tuple[tuple[str, Any], ...]
     num_warps: int
-    num_stages: int = 3
+    num_stages: int
+    signature: tuple[tuple[str, str], ...] = ()
+    aligned: tuple[int, ...] = ()
 
     @property
     def may_spill(self) -> bool:
@@ -63,7 +63,7 @@ class Configuration:
         return self.dtype == "fp32" or constants.get("BLOCK_D", 0) > 64
 
     def __str__(self) -> str:
-        flags = [name.lower() for name, value in self.constants if value is True]
+        flags = sorted(name.lower() for name, value in self.constants if value is True)
         sizes = [f"{name}={value}" for name, value in self.constants if type(value) is int]
         precision = [value for _, value in self.constants if value == "tf32"]
         return " ".join([self.kernel, self.dtype, *precision, *sizes, *flags])
@@ -82,43 +82,84 @@ class Usage:
         return f"{self.registers} / {self.shared} / {self.stack}"
 
 
+def recorded(launch: Callable[[], None], dtype: str) -> Configuration:
+    """What `launch`, which calls a launcher once, asks Triton to compile. Nothing runs."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        calls.append((kernel, arguments, options))
+
+    with mock.patch.object(JITFunction, "run", note):
+        launch()
+    ((kernel, arguments, options),) = calls
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(*arguments, **options)
+    kinds = dict(zip(bound, specialization, strict=True))
+    name = kernel.fn.__name__
+    return Configuration(
+        module=kernel.fn.__module__.rpartition(".")[2],
+        kernel=name,
+        dtype=dtype,
+        constants=tuple((n, bound[n]) for n, (kind, _) in kinds.items() if kind == "constexpr"),
+        num_warps=options["num_warps"],
+        num_stages=options.get("num_stages", 3),
+        signature=tuple((n, kind) for n, (kind, _) in kinds.items()),
+        aligned=tuple(
+            i for i, (kind, found) in enumerate(specialization)
+            if kind != "constexpr" and "D" in (found or "")
+        ),
+    )  # fmt: skip
+
+
+def _seed(dropout: bool) -> torch.Tensor | None:
+    """Seeds of sites are elements of one tensor: not all of them lie at a multiple of 16 bytes."""
+    return torch.zeros(2, dtype=torch.int64)[1] if dropout else None
+
+
 def attention(
     way: str, dtype: str, head_dim: int, max_seqlen: int, causal: bool, dropout: bool,
     precision: str = "ieee",
 ) -> Configuration:  # fmt: skip
     """What the launcher `way` (forward, backward) of attention.py asks for."""
-    tile = tiles.tile(way, BITS[dtype], head_dim, max_seqlen)
-    constants = {
-        "D": head_dim, "BLOCK_D": tiles.padded_head_dim(head_dim),
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "CAUSAL": causal, "DROPOUT": dropout, "PRECISION": precision, "WHOLE": tile.whole,
-    }  # fmt: skip
-    name = f"attention_{way}"
-    return _configuration(name, name, dtype, constants, tile.num_warps, tile.num_stages)
+    launchers: Any = importlib.import_module("fasttx.kernels.triton.attention")
+    qkv = torch.empty(1, 3, HEADS, head_dim, dtype=DTYPES[dtype])
+    out, lse = torch.empty_like(qkv[:, 0]), torch.empty(HEADS, 1)
+    one = torch.zeros(1, dtype=torch.int32)
+    options = (one, one, max_seqlen, THRESHOLD * dropout, _seed(dropout), causal, 1.0)
+
+    def launch() -> None:
+        if way == "forward":
+            launchers.forward(*qkv.unbind(1), out, lse, *options)
+        else:
+            dqkv = torch.empty_like(qkv).unbind(1)
+            launchers.backward(torch.empty_like(out), *qkv.unbind(1), out, lse, *dqkv, *options)
+
+    with mock.patch.object(launchers, "dot_precision", return_value=precision):
+        return recorded(launch, dtype)
 
 
 def row_operation(kernel: str, dtype: str, columns: int, dropout: bool) -> Configuration:
     """What the launchers of add_norm.py, bias_act.py and embed.py ask for."""
-    module = kernel.removesuffix("_forward").removesuffix("_backward")
-    tile = importlib.import_module(f"fasttx.kernels.triton.{module}").tile
-    constants = tile(columns, backward=True) if kernel == "embed_backward" else tile(columns)
-    warps = constants.pop("num_warps")
-    constants["DROPOUT"] = dropout
-    if module == "bias_act":
-        constants["GELU"] = False
-    if kernel == "bias_act_backward":
-        constants |= {"u": None, "bias": None}
-    if kernel == "add_norm_backward":
-        constants["HAS_DTOTAL"] = True
-    return _configuration(module, kernel, dtype, constants, warps)
-
-
-def _configuration(
-    module: str, kernel: str, dtype: str, constants: dict[str, Any], *resources: int
-) -> Configuration:
-    if not constants["DROPOUT"]:
-        constants["seed"] = None
-    return Configuration(module, kernel, dtype, tuple(constants.items()), *resources)
+    name, _, way = kernel.rpartition("_")
+    launchers = importlib.import_module(f"fasttx.kernels.triton.{name}")
+    x, vector = (torch.empty(*shape, columns, dtype=DTYPES[dtype]) for shape in ((2,), ()))
+    moments, sums = torch.empty(2, 2), torch.empty(3, columns)
+    ids = torch.zeros(2, dtype=torch.int64)
+    threshold, seed = THRESHOLD * dropout, _seed(dropout)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "add_norm_forward": (x, x, vector, vector, vector, x, x, moments, threshold, seed, 1e-5),
+        "add_norm_backward": (x, x, x, vector, moments, x, x, sums, threshold, seed),
+        "bias_act_forward": (x, vector, x, threshold, seed, False),
+        "bias_act_backward": (x, None, None, x, x, sums[0], threshold, seed, False),
+        "embed_forward": (ids, ids.int(), x, x, x, threshold, seed, 1.0),
+        "embed_backward": (x, ids, x, threshold, seed, 1.0),
+    }
+    return recorded(lambda: getattr(launchers, way)(*arguments[kernel]), dtype)
 
 
 ROW_KERNELS = tuple(
@@ -145,33 +186,20 @@ def default_model() -> Iterator[Configuration]:
 
 
 def every() -> Iterator[Configuration]:
-    """All that the tables can ask for, at the head_dims that need no padding."""
+    """All that the tables can ask for, at the head_dims that need no padding and at two that do: of
+    these the strides are no multiples of 16, so that rows are read element by element."""
     seen = set()
     flags = (False, True)
     lengths = [16, 32, 64, 128, 256, 257]
     for kernel, dtype, head_dim, length, causal, dropout in itertools.product(
-        ("forward", "backward"), BITS, tiles.HEAD_DIMS, lengths, flags, flags
+        ("forward", "backward"), DTYPES, (*tiles.HEAD_DIMS, 8, 20), lengths, flags, flags
     ):
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             seen.add(attention(kernel, dtype, head_dim, length, causal, dropout, precision))
-    for kernel, dtype, dropout in itertools.product(ROW_KERNELS, BITS, flags):
-        for columns in (64, 256, 1024):
+    for kernel, dtype, dropout in itertools.product(ROW_KERNELS, DTYPES, flags):
+        for columns in (20, 64, 256, 1024):
             seen.add(row_operation(kernel, dtype, columns, dropout))
     yield from sorted(seen, key=str)
-
-
-def _signature(kernel: Any, configuration: Configuration) -> tuple[dict[str, str], dict[Any, Any]]:
-    """Types of the arguments, and which are multiples of 16: all pointers but the seed, and
-    strides. These are what Triton finds at a launch."""
-    constants = dict(configuration.constants)
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        is_stride = name.endswith(("_row", "_head"))
-        kind = "constexpr" if name in constants else _TYPES.get(name)
-        signature[name] = kind or ("i32" if is_stride else f"*{configuration.dtype}")
-        if is_stride or (signature[name].startswith("*") and name != "seed"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, attributes
 
 
 def compile_for(configuration: Configuration, target: str) -> Any:
@@ -182,7 +210,8 @@ def compile_for(configuration: Configuration, target: str) -> Any:
 
     module = importlib.import_module(f"fasttx.kernels.triton.{configuration.module}")
     kernel = getattr(module, configuration.kernel)
-    signature, attributes = _signature(kernel, configuration)
+    constants, signature = dict(configuration.constants), dict(configuration.signature)
+    attributes = {(i,): [["tt.divisibility", 16]] for i in configuration.aligned}
     backend, architecture, warp_size, _ = TARGETS[target]
     options = {
         "num_warps": max(1, configuration.num_warps * 32 // warp_size),
@@ -190,7 +219,7 @@ def compile_for(configuration: Configuration, target: str) -> Any:
         "enable_fp_fusion": True,
     }
     return triton.compile(
-        ASTSource(kernel, signature, constexprs=dict(configuration.constants), attrs=attributes),
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
         target=GPUTarget(backend, architecture, warp_size),
         options=options,
     )

@@ -25,6 +25,20 @@ from fasttx.kernels.triton.device import (
 
 
 @triton.jit
+def _row_products(out_tile, dout_tile):
+    """delta, (BLOCK_M,): the sums of out * dout along each row.
+
+    Products of fp32 are rounded before they are added: the compiler may join a multiplication and
+    an addition, and inside a butterfly of shuffles each lane would then round another product. The
+    lanes of a row would hold sums of different bits. Products of 16 bits are exact in fp32.
+    """
+    x, y = out_tile.to(tl.float32), dout_tile.to(tl.float32)
+    if out_tile.dtype == tl.float32:
+        return tl.sum(tl.fma(x, y, tl.zeros_like(x)), 1)
+    return tl.sum(x * y, 1)
+
+
+@triton.jit
 def _weights_and_gradients(
     q_tile, k_tile, v_tile, dout_tile, lse_row, delta, queries, keys, sequence, head, first_query,
     first_key, length, threshold, seed, keep_scale, qk_scale,
@@ -73,7 +87,7 @@ def _keys(
         dout_tile = load_rows(dout, queries, dout_row, length, D, BLOCK_D)
         out_tile = load_rows(out, queries, out_row, length, D, BLOCK_D)
         lse_row = tl.load(lse + queries, mask=queries < length, other=0.0) * LOG2_E
-        delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+        delta = _row_products(out_tile, dout_tile)
         p, ds = _weights_and_gradients(
             q_tile, k_tile, v_tile, dout_tile, lse_row, delta, queries, keys, sequence, head,
             first_query, first_key, length, threshold, seed, keep_scale, qk_scale,
@@ -102,7 +116,7 @@ def _queries(
     dout_tile = load_rows(dout, queries, dout_row, length, D, BLOCK_D)
     out_tile = load_rows(out, queries, out_row, length, D, BLOCK_D)
     lse_row = tl.load(lse + queries, mask=queries < length, other=0.0) * LOG2_E
-    delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    delta = _row_products(out_tile, dout_tile)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     end = length
     if CAUSAL:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,6 +94,24 @@ def test_device_report_shows_what_the_suite_found(monkeypatch):
     assert command[-1] == "cuda"
     files = [word for word in command if word.startswith("tests/")]
     assert files and all((ROOT / name).exists() for name in files)
+
+
+def test_device_report_compares_the_machine_with_the_gpu(monkeypatch):
+    report = device_report.Report(seconds=60)
+    device_report.machine(report, CPU)
+    says = ["sm_90: 41 of 50 cases have the same bits, 9 agree to rounding"]
+
+    def run(command: list[str], **options: object) -> object:
+        assert (
+            command[1:] == ["-m", "tests.ptx.hardware"]
+            and (ROOT / "tests/ptx/hardware.py").exists()
+        )
+        return subprocess.CompletedProcess(command, 0, says[0] + "\n", "")
+
+    monkeypatch.setattr(device_report.subprocess, "run", run)
+    device_report.machine(report, torch.device("cuda"))
+    assert report.lines[0] == "PTX machine: left out, it is compared with cuda and this is cpu"
+    assert report.lines[1] == f"PTX machine beside the GPU: {says[0]}"
 
 
 def test_device_report_sanitizes_what_runs_on_cuda(monkeypatch, tmp_path):

@@ -26,7 +26,7 @@ pytestmark = backends.POISONED
 PACKED_AND_APART = (True, False)
 ODD = BY_NAME["odd"]
 # Triton's interpreter takes minutes over these; `test_float32_with_dropout` has them once each, and
-# test_triton_interpreted has many sequences.
+# test_triton_kernels has many sequences.
 SLOW = ("wide", "long", "33 sequences", "40 sequences", "300 sequences") if INTERPRETED else ()
 SLOW_ONCE = ("wide-full", "long-causal") if INTERPRETED else ()
 over_causal = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

@@ -116,7 +116,7 @@ ONE = "test_isolation and test_rows and 0.3 and nan"
         ("ops/test_attention.py", "triton-cpu and test_float32", 45),
         ("ops/test_attention.py", "triton-cpu and not test_float32", 35),
         (f"{ROWS} models/test_isolation.py", f"{IN} and not test_isolation or {IN} and {ONE}", 55),
-        (f"{RULES} kernels/test_triton_interpreted.py", f"{IN} and not bfloat16 or triton_", 37),
+        (f"{RULES} kernels/test_triton_kernels.py", f"{IN} and not bfloat16 or triton_", 37),
     ],
     ids=["attention in float32", "attention otherwise", "row operations", "the rest"],
 )

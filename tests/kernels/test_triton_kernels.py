@@ -1,6 +1,7 @@
-"""The Triton kernels under Triton's interpreter, on tensors of the CPU: TRITON_INTERPRET=1.
+"""What is particular to the Triton kernels, on tensors of the CPU: compiled for two GPUs and
+executed by the PTX machine, or under Triton's interpreter (TRITON_INTERPRET=1).
 
-Triton decides when a kernel is defined whether it interprets, so this needs a process of its own:
+Triton decides when a kernel is defined whether it interprets, so that needs a process of its own:
 test_triton.py starts one, for these tests and for those of every backend over the same kernels.
 T rows, B sequences, H heads, D head_dim.
 """
@@ -20,15 +21,20 @@ from fasttx.ops.dropout import NO_DROPOUT, Dropout
 from fasttx.ops.registry import BACKENDS
 from fasttx.testing import AttentionCase
 from fasttx.testing.philox import attention_uniforms, row_uniforms
-from tests.backends import Target, check
+from tests.backends import INTERPRETED, TRITON, Target, check
 
+pytestmark = pytest.mark.usefixtures("unlisted_backends")
 SEED = -0x1234567_89ABCDEF  # both halves in use, the sign too
 
 
+@pytest.fixture(params=TRITON, ids=str)
+def target(request) -> Target:
+    return request.param
+
+
 @pytest.fixture
-def triton() -> Operations:
-    """The kernels, interpreted."""
-    return BACKENDS["triton"].operations
+def triton(target) -> Operations:
+    return target.operations
 
 
 def spans_of(max_seqlen: int, *pairs: tuple[int, int]) -> Spans:
@@ -90,12 +96,14 @@ def test_row_masks_bit_for_bit(triton, columns):
 # ----------------------------------------------------------------------------- what is handed over
 
 
-def test_logarithms_are_natural_and_moments_those_of_the_sum(triton):
+def test_logarithms_are_natural_and_moments_those_of_the_sum(target):
     """What the forward pass leaves for the backward pass, as the contract of launchers has it."""
+    assert target.operations  # whose operators these are
+    operators = getattr(torch.ops, f"fasttx_{target.name}")
     qkv = torch.randn(30, 3, 2, 16)
     pairs = ((1, 17), (20, 9))
     arguments = (*spans_of(17, *pairs), 0, None, False, 0.3)
-    _, lse = torch.ops.fasttx_triton.attention(qkv, *arguments)
+    _, lse = operators.attention(qkv, *arguments)
     q, k, _ = qkv.double().permute(1, 2, 0, 3)
     expected = torch.zeros(2, 30, dtype=torch.float64)
     for start, n in pairs:
@@ -103,7 +111,7 @@ def test_logarithms_are_natural_and_moments_those_of_the_sum(triton):
         expected[:, rows] = (q[:, rows] @ k[:, rows].mT * 0.3).logsumexp(-1)
     torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
     x, vector = torch.randn(30, 40) + 3, torch.zeros(40)
-    _, _, moments = torch.ops.fasttx_triton.add_norm(x, x, *[vector] * 3, 0, None, 1e-5)
+    _, _, moments = operators.add_norm(x, x, *[vector] * 3, 0, None, 1e-5)
     variance, mean = torch.var_mean(2 * x.double(), -1, correction=0)
     exact = torch.stack([mean, (variance + 1e-5).rsqrt()])
     torch.testing.assert_close(moments.double(), exact, rtol=1e-6, atol=1e-6)
@@ -140,12 +148,12 @@ def test_relu_of_what_is_not_finite(triton, p):
 # ----------------------------------------------------------------------------------- whole models
 
 
-def test_a_model_compiles_to_one_graph(triton):
+def test_a_model_compiles_to_one_graph(target):
     """No graph break, the gradients of eager, and the same graph for other batches."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     settings: dict[str, Any] = {"d_model": 32, "num_heads": 2, "num_layers": 1, "d_ff": 64}
-    model = TransformerClassifier(50, max_len=64, attn_backend="triton", **settings)
+    model = TransformerClassifier(50, max_len=64, attn_backend=target.name, **settings)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for lens in ([7, 0, 9], [3, 5, 20, 1]):
         cu_seqlens = torch.tensor([0, *lens]).cumsum(0).int()
@@ -161,7 +169,7 @@ def test_a_model_compiles_to_one_graph(triton):
             torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
 
 
-def test_a_training_step_equals_the_reference_s(triton):
+def test_a_training_step_equals_the_reference_s(target):
     """Every operation at once, all masks drawn: the same loss, the same gradients. Under autocast
     they are as far from those of float32 as the reference's are."""
     torch.manual_seed(0)
@@ -170,7 +178,7 @@ def test_a_training_step_equals_the_reference_s(triton):
     settings["activation"] = "gelu"
     models = [
         TransformerClassifier(50, max_len=64, attn_backend=name, **settings)
-        for name in ("triton", "reference")
+        for name in (target.name, "reference")
     ]
     models[1].load_state_dict(models[0].state_dict())
     lens = [13, 1, 0, 37, 21]
@@ -196,16 +204,17 @@ def test_a_training_step_equals_the_reference_s(triton):
 # ----------------------------------------------------------------------------------- at the edges
 
 
-def test_more_sequences_than_a_program_looks_at_together():
+def test_more_sequences_than_a_program_looks_at_together(target):
     """Which rows are dead is found out from 32 sequences at a time; each has a gap behind it."""
     sequences = 65
     lens = tuple(1 + i % 3 for i in range(sequences))
     starts = tuple(4 * i + 1 for i in range(sequences))
     rows, nan = 4 * sequences + 1, float("nan")
     case = AttentionCase("many", lens, 1, 8, starts=starts, rows=rows, dead=nan)
-    check(Target(BACKENDS["triton"], "cpu"), case, torch.float32, 0.1)
+    check(target, case, torch.float32, 0.1)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="minutes on the PTX machine, where `long` has tiles")
 def test_a_length_of_8192(triton, monkeypatch):
     """The tiled kernels, with tiles large enough for the interpreter to get through."""
     from fasttx.kernels.triton import tiles
@@ -282,6 +291,7 @@ def test_precision_follows_torch_s_setting():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="to launch needs a device: here the interpreter")
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_tuning_runs_what_it_measures(way):
     """Each candidate of a length, through the launcher; what they compute is tested elsewhere."""
