@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from fasttx.config import ModelConfig
 from fasttx.errors import BackendUnavailableError, ConfigError
 from fasttx.models.classifier import ClassifierHead, TransformerClassifier
 from fasttx.models.encoder import Encoder, EncoderBlock
@@ -30,6 +31,10 @@ from fasttx.text.packing import RaggedIds
 if TYPE_CHECKING:
     from fasttx.kernels.cpu import encoder
 
+_SIZES = (
+    "vocab_size", "num_classes", "d_model", "num_heads", "num_layers", "d_ff", "max_len", "dropout",
+    "attn_backend", "activation", "attention_dropout",
+)  # fmt: skip
 PRECISIONS = ("fp32", "bf16", "int8")
 
 # What is computed here instead, before anybody replaces it.
@@ -206,6 +211,11 @@ def _reasons(model: TransformerClassifier, precision: str) -> Iterator[str]:
         yield "weights whose changes cannot be seen (inference tensors, or a subclass of Tensor)"
     if any(getattr(c, name) is not forward for c, name, forward in _FORWARDS):
         yield "a forward function was replaced"
+    c = model.config
+    others = {**vars(ModelConfig()), **{k: getattr(c, k) for k in _SIZES}}
+    if model.norm is None or vars(c) != others:
+        yield "a model of other parts than the default one has"
+        return
     plain: list[nn.Module] = [model, model.blocks, model.head]  # type: ignore[list-item]
     if any(type(block) is not EncoderBlock for block in model.blocks):
         yield "a block was replaced or wrapped"
@@ -256,6 +266,7 @@ def _weights(model: TransformerClassifier) -> encoder.Weights:
         )
         for b in model.blocks
     ]
+    assert model.norm is not None
     return encoder.Weights(
         c.num_heads, c.activation == "gelu", math.sqrt(c.d_model), values(model.embedding),
         values(model.positions), blocks, norm(model.norm), linear(model.head.dense),

@@ -25,18 +25,18 @@ from fasttx.text.tokenizer import UNK_ID
 
 
 class MaskedHead(nn.Module):
-    """Linear(d, d) - GELU - LayerNorm on rows (M, d), then the product with the token embedding
+    """Linear(d, e) - GELU - LayerNorm on rows (M, d), then the product with the token embedding
     (shared with the encoder: Press and Wolf, 2017) and a bias for each word, both outside: where
     the words are known, they are one operation with the loss."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.d_model, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model)
+        self.dense = nn.Linear(config.d_model, config.embedding_width)
+        self.norm = nn.LayerNorm(config.embedding_width, config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor, ops: Operations) -> Tensor:
-        """The rows (M, d) of which the product with the embedding is taken."""
+        """The rows (M, e) of which the product with the embedding is taken."""
         x, bias = product_and_bias(ops, self.dense, x)
         normed: Tensor = self.norm(ops.bias_act(x, bias, NO_DROPOUT, "gelu"))
         return normed

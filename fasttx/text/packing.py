@@ -173,16 +173,19 @@ def pack(
     )
 
 
-def unpad(input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def unpad(
+    input_ids: Tensor, attention_mask: Tensor | None = None, pad_id: int = 0
+) -> tuple[Tensor, Tensor]:
     """Pack the real tokens of a padded batch: input_ids (B, L) -> (T,), and cu_seqlens (B + 1,).
 
-    attention_mask (B, L) bool or 0/1, 1 = real token; None means `input_ids != 0`. Padding may be
-    on either side or in between. Under torch.compile the shape is fixed: T = B * L, and the padding
-    becomes a dead tail. Raises TypeError and ValueError for other masks, additive ones among them:
-    their values are read on the CPU only, since elsewhere that would wait for the device.
+    attention_mask (B, L) bool or 0/1, 1 = real token; None means `input_ids != pad_id`. Padding may
+    be on either side or in between. Under torch.compile the shape is fixed: T = B * L, and the
+    padding becomes a dead tail. Raises TypeError and ValueError for other masks, additive ones
+    among them: their values are read on the CPU only, since elsewhere that would wait for the
+    device.
     """
     shape = tuple(input_ids.shape)
-    mask = input_ids != 0 if attention_mask is None else real_tokens(attention_mask, shape)
+    mask = input_ids != pad_id if attention_mask is None else real_tokens(attention_mask, shape)
     cu_seqlens = mask.new_zeros(len(mask) + 1, dtype=torch.int32)
     cu_seqlens[1:] = mask.sum(1).cumsum(0)
     flat = mask.flatten()
