@@ -173,6 +173,8 @@ ENCODER_SHAPE = (
     "vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "activation", "norm_first",
     "positions", "embedding_norm", "embedding_size", "norm_eps", "pad_id",
 )  # fmt: skip
+# What a head of that encoder reads, and how.
+HEAD_SHAPE = ("pooling", "head_activation")
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,10 @@ class TrainConfig:
     )
 
     init_from: str | None = setting(
-        None, "run folder whose tokenizer and encoder weights to start from", group="run"
+        None,
+        "whose tokenizer and encoder weights to start from: a run, or a pretrained encoder (a "
+        "folder of Hugging Face's, or a name on its hub)",
+        group="run",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="run")
     precision: str = setting(
@@ -364,6 +369,19 @@ RECIPES: dict[str, TrainConfig] = {
     # The same from an encoder that `fasttx pretrain` has trained (--init-from).
     "finetune": dataclasses.replace(
         _FULL, lr=3e-4, epochs=4, model=dataclasses.replace(_FULL.model, dropout=0.1)
+    ),
+    # From a pretrained encoder of the BERT family (--init-from).
+    "finetune-bert": TrainConfig(
+        epochs=3,
+        batch_size=32,
+        optimizer="adamw",
+        lr=3e-5,
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup_steps=100,
+        grad_clip=1.0,
+        truncation="head+tail",
+        model=ModelConfig(dropout=0.1),
     ),
     # The built-in corpus: minutes on two cores.
     "demo": TrainConfig(

@@ -88,6 +88,24 @@ class RaggedIds:
         halves = self._gather(pieces, np.stack([head, lengths - head], 1).ravel())
         return RaggedIds(halves.values, halves.offsets[::2].copy())
 
+    def framed(self, before: Sequence[int], after: Sequence[int]) -> RaggedIds:
+        """Every sequence between `before` and `after`."""
+        if not before and not after:
+            return self
+        lengths = self.lengths + (len(before) + len(after))
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        starts, ends = offsets[:-1], offsets[1:]
+        values = np.empty(offsets[-1], dtype=self.values.dtype)
+        inside = np.ones(len(values), dtype=bool)
+        for i, token in enumerate(before):
+            values[starts + i], inside[starts + i] = token, False
+        for i, token in enumerate(after):
+            at = ends - (len(after) - i)
+            values[at], inside[at] = token, False
+        values[inside] = self.values[self.offsets[0] : self.offsets[-1]]
+        return RaggedIds(values, offsets)
+
     def windows(self, max_len: int) -> tuple[RaggedIds, np.ndarray]:
         """Cut every text into the fewest windows of at most `max_len` tokens.
 
