@@ -22,7 +22,7 @@ class PieceTokenizer:
     """Word pieces (WordPiece, BPE or Unigram). `encode` gives the pieces of a text alone: what the
     encoder expects around them is `special.before` and `special.after`.
 
-    No text is read as a special token: a "[SEP]" that somebody typed is three pieces or more.
+    No text is read as a special token: a "[SEP]" that somebody typed is three pieces, or unknown.
     """
 
     def __init__(self, content: str, path: str | Path = "tokenizer.json") -> None:
@@ -70,6 +70,7 @@ class PieceTokenizer:
         framed = tokenizer.encode("a").ids
         at = next((i for i in range(len(framed)) if framed[i : i + len(some)] == some), len(framed))
         before, after = framed[:at], framed[at + len(some) :]
+        self._unknown = number
         reserved = sorted({*special.values(), number})
         return SpecialTokens(
             found.get("mask", number), tuple(before), tuple(after), tuple(reserved), 0
@@ -88,7 +89,10 @@ class PieceTokenizer:
             lists += [np.array(e.ids, dtype=np.int32) for e in encoded]
         offsets = np.zeros(len(lists) + 1, dtype=np.int64)
         np.cumsum([len(ids) for ids in lists], out=offsets[1:])
-        return RaggedIds(np.concatenate(lists) if lists else np.zeros(0, np.int32), offsets)
+        values = np.concatenate(lists) if lists else np.zeros(0, np.int32)
+        # Unigram's pieces hold the special tokens too.
+        values[np.isin(values, self.special.reserved)] = self._unknown
+        return RaggedIds(values, offsets)
 
     def words(self, text: str) -> tuple[list[str], np.ndarray]:
         """The words of `text` as it writes them, and (pieces,) int64, the word of each piece."""

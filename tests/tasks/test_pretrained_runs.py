@@ -82,7 +82,7 @@ def test_the_commands(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     commands = [
         ["evaluate", run, "--device", "cpu"],
         ["predict", run, TEXTS[0], "--json"],
-        ["explain", run, TEXTS[1]],
+        ["explain", run, "unbelievable film"],
         ["verify", run],
     ]
     for command in commands:
