@@ -22,7 +22,7 @@ from fasttx.ops.arguments import row_numbers
 from fasttx.ops.contract import Operations
 from fasttx.ops.dropout import NO_DROPOUT
 from fasttx.text.packing import RaggedIds
-from fasttx.text.tokenizer import SpecialTokens
+from fasttx.text.tokenizer import WORDS_ONLY, SpecialTokens
 
 
 class MaskedHead(nn.Module):
@@ -76,7 +76,11 @@ class MaskedLanguageModel(Encoder):
 
 
 def mask_words(
-    ids: RaggedIds, share: float, vocab_size: int, stream: tuple[int, ...], special: SpecialTokens
+    ids: RaggedIds,
+    share: float,
+    vocab_size: int,
+    stream: tuple[int, ...],
+    special: SpecialTokens = WORDS_ONLY,
 ) -> tuple[RaggedIds, np.ndarray, np.ndarray]:
     """Hide a share of the words: `ids` to feed, rows (M,) int64 that are to be named, and the words
     (M,) int64 that stood there. Of ten chosen, eight become <UNK> (or [MASK]), one a random word,

@@ -16,7 +16,7 @@ from torch import Tensor
 from fasttx.load import TextClassifier
 from fasttx.models.classifier import TransformerClassifier
 from fasttx.text.packing import RaggedIds, pack
-from fasttx.text.tokenizer import SpecialTokens
+from fasttx.text.tokenizer import WORDS_ONLY, SpecialTokens
 from fasttx.training.inference import predict_logits
 
 # The attributions of a text sum to its margin minus the baseline's, to within this share of that
@@ -61,7 +61,11 @@ class Explanation:
 
 
 def integrated_gradients(
-    model: TransformerClassifier, ids: np.ndarray, target: int, rival: int, special: SpecialTokens
+    model: TransformerClassifier,
+    ids: np.ndarray,
+    target: int,
+    rival: int,
+    special: SpecialTokens = WORDS_ONLY,
 ) -> tuple[np.ndarray, float, float, int]:
     """Attributions (n,) of the words `ids` (n,) to the margin logit[target] - logit[rival].
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fasttx.errors import ConfigError
 from fasttx.text.packing import RaggedIds
-from fasttx.text.tokenizer import SpecialTokens
+from fasttx.text.tokenizer import WORDS_ONLY, SpecialTokens
 
 
 def by_length(ids: RaggedIds, batch_size: int) -> Iterator[np.ndarray]:
@@ -60,7 +60,7 @@ def mean_of_windows(logits: Tensor, owner: np.ndarray | None) -> Tensor:
 
 
 def drop_words(
-    ids: RaggedIds, p: float, stream: tuple[int, ...], special: SpecialTokens
+    ids: RaggedIds, p: float, stream: tuple[int, ...], special: SpecialTokens = WORDS_ONLY
 ) -> RaggedIds:
     """`ids` with each word replaced by what stands for some word (<UNK>, [MASK]) with probability
     p; a pure function of `stream`."""

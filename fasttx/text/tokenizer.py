@@ -41,6 +41,8 @@ class SpecialTokens(NamedTuple):
     first_word: int = UNK_ID + 1
 
 
+WORDS_ONLY = SpecialTokens()
+
 # Between words: control characters, white space, characters of no width. (Dashes of badly decoded
 # Windows-1252 pages lie in U+0080-U+009F.)
 _SPACE = (
