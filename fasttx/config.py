@@ -99,12 +99,40 @@ class ModelConfig:
     attention_dropout: float | None = setting(
         None, "dropout on the attention weights (default: the same as dropout)", group="model"
     )
+    norm_first: bool = setting(
+        True,
+        "LayerNorm before attention and MLP and after the last block; no: after each, as BERT",
+        group="model",
+    )
+    positions: str = setting(
+        "sinusoidal",
+        "position table: sinusoidal, which is fixed, or learned",
+        group="model",
+        choices=("sinusoidal", "learned"),
+    )
+    embedding_norm: bool = setting(False, "LayerNorm on the embedded words", group="model")
+    # No flags: a pretrained encoder brings them. embedding_size: width of the embedding, projected
+    # to d_model (None: d_model). pad_id: the word that padded input is padded with.
+    embedding_size: int | None = None
+    norm_eps: float = 1e-5
+    pad_id: int = 0
+    pooling: str = setting(
+        "mean",
+        "what the head reads of a text: the mean of its rows, or its first row (cls)",
+        group="model",
+        choices=("mean", "cls"),
+    )
+    head_activation: str = setting(
+        "gelu", "activation in the head", group="model", choices=("gelu", "tanh", "relu")
+    )
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_range(self, 1, 1_000_000, "num_classes", "d_ff", "max_len")
         _check_range(self, 2, 100_000_000, "vocab_size")
-        _check_range(self, 1, 100_000, "d_model", "num_heads")
+        _check_range(self, 1, 100_000, "d_model", "num_heads", "embedding_size")
+        _check_range(self, 0.0, 1.0, "norm_eps")
+        _check_range(self, 0, self.vocab_size - 1, "pad_id")
         _check_range(self, 0, 1000, "num_layers")
         _check_range(self, 0.0, 1.0, "dropout", "attention_dropout")
         if self.d_model % self.num_heads:
@@ -112,9 +140,11 @@ class ModelConfig:
                 f"d_model is {self.d_model} and num_heads is {self.num_heads}; "
                 "expected a d_model that num_heads divides"
             )
-        if self.d_model % 2:
+        if self.embedding_width % 2 and self.positions == "sinusoidal":
+            name = "d_model" if self.embedding_size is None else "embedding_size"
             raise ConfigError(
-                f"d_model is {self.d_model}; expected an even number (sine and cosine positions)"
+                f"{name} is {self.embedding_width}; expected an even number (sine and cosine "
+                "positions)"
             )
         block = self.d_model * (4 * self.d_model + 2 * self.d_ff)
         weights = self.d_model * (self.vocab_size + self.num_classes) + self.num_layers * block
@@ -126,6 +156,11 @@ class ModelConfig:
             )
 
     @property
+    def embedding_width(self) -> int:
+        """Columns of the token embedding and of the positions."""
+        return self.d_model if self.embedding_size is None else self.embedding_size
+
+    @property
     def dropout_text(self) -> str:
         """For people: 0.2, or 0.2 (attention 0) where the two differ."""
         if self.attention_dropout in (None, self.dropout):
@@ -134,7 +169,12 @@ class ModelConfig:
 
 
 # The weights of one encoder fit another if these are equal.
-ENCODER_SHAPE = ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "activation")
+ENCODER_SHAPE = (
+    "vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "activation", "norm_first",
+    "positions", "embedding_norm", "embedding_size", "norm_eps", "pad_id",
+)  # fmt: skip
+# What a head of that encoder reads, and how.
+HEAD_SHAPE = ("pooling", "head_activation")
 
 
 @dataclass(frozen=True)
@@ -217,7 +257,10 @@ class TrainConfig:
     )
 
     init_from: str | None = setting(
-        None, "run folder whose tokenizer and encoder weights to start from", group="run"
+        None,
+        "whose tokenizer and encoder weights to start from: a run, or a pretrained encoder (a "
+        "folder of Hugging Face's, or a name on its hub)",
+        group="run",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="run")
     precision: str = setting(
@@ -326,6 +369,19 @@ RECIPES: dict[str, TrainConfig] = {
     # The same from an encoder that `fasttx pretrain` has trained (--init-from).
     "finetune": dataclasses.replace(
         _FULL, lr=3e-4, epochs=4, model=dataclasses.replace(_FULL.model, dropout=0.1)
+    ),
+    # From a pretrained encoder of the BERT family (--init-from).
+    "finetune-bert": TrainConfig(
+        epochs=3,
+        batch_size=32,
+        optimizer="adamw",
+        lr=3e-5,
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup_steps=100,
+        grad_clip=1.0,
+        truncation="head+tail",
+        model=ModelConfig(dropout=0.1),
     ),
     # The built-in corpus: minutes on two cores.
     "demo": TrainConfig(

@@ -18,8 +18,8 @@ from fasttx.models.classifier import TransformerClassifier
 from fasttx.native import PRECISIONS, NativeClassifier
 from fasttx.tasks import read_config
 from fasttx.text.packing import RaggedIds
-from fasttx.text.reading import mean_of_windows, read
-from fasttx.text.tokenizer import Tokenizer
+from fasttx.text.pieces import AnyTokenizer
+from fasttx.text.reading import cut, mean_of_windows, read
 from fasttx.training.checkpoint import load_tokenizer, load_weights
 from fasttx.training.folder import RunFolder
 from fasttx.training.inference import predict_logits
@@ -43,7 +43,7 @@ class TextClassifier:
     """
 
     model: TransformerClassifier
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     label_names: tuple[str, ...]
     truncation: str
     long_texts: str
@@ -55,13 +55,20 @@ class TextClassifier:
         object.__setattr__(self, "native", NativeClassifier(self.model, self.precision))
 
     def encode(self, texts: Sequence[str]) -> RaggedIds:
-        """Token ids as the model was trained on them, truncation included: one sequence a text."""
-        ids = self.tokenizer.encode_batch(texts)
-        return ids.truncate(self.model.config.max_len, self.truncation)
+        """Token ids as the model was trained on them, truncation and special tokens included: one
+        sequence a text."""
+        ids, longest = self.tokenizer.encode_batch(texts), self.model.config.max_len
+        return read(ids, longest, self.truncation, "cut", self.tokenizer.special)[0]
 
     def read(self, ids: RaggedIds) -> tuple[RaggedIds, np.ndarray | None]:
         """The ids that the model is measured on: see `fasttx.text.reading.read`."""
-        return read(ids, self.model.config.max_len, self.truncation, self.long_texts)
+        longest, special = self.model.config.max_len, self.tokenizer.special
+        return read(ids, longest, self.truncation, self.long_texts, special)
+
+    def cut(self, ids: RaggedIds) -> RaggedIds:
+        """`read`, without the special tokens around each sequence."""
+        longest, special = self.model.config.max_len, self.tokenizer.special
+        return cut(ids, longest, self.truncation, self.long_texts, special)[0]
 
     def logits(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
         """(texts, num_classes) fp32 on the CPU, finite. Raises NotFiniteError for a model that

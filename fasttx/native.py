@@ -23,7 +23,7 @@ from torch.nn.modules import module as torch_module
 
 from fasttx.errors import BackendUnavailableError, ConfigError
 from fasttx.models.classifier import ClassifierHead, TransformerClassifier
-from fasttx.models.encoder import Encoder, EncoderBlock
+from fasttx.models.encoder import Encoder, EncoderBlock, PostNormBlock
 from fasttx.models.layers import is_layer_norm, is_linear
 from fasttx.text.packing import RaggedIds
 
@@ -37,6 +37,7 @@ _FORWARDS = [
     (TransformerClassifier, "forward", TransformerClassifier.forward),
     (Encoder, "encode", Encoder.encode),
     (EncoderBlock, "forward", EncoderBlock.forward),
+    (PostNormBlock, "forward", PostNormBlock.forward),
     (ClassifierHead, "forward", ClassifierHead.forward),
     (nn.Linear, "forward", nn.Linear.forward),
     (nn.LayerNorm, "forward", nn.LayerNorm.forward),
@@ -207,15 +208,20 @@ def _reasons(model: TransformerClassifier, precision: str) -> Iterator[str]:
     if any(getattr(c, name) is not forward for c, name, forward in _FORWARDS):
         yield "a forward function was replaced"
     plain: list[nn.Module] = [model, model.blocks, model.head]  # type: ignore[list-item]
-    if any(type(block) is not EncoderBlock for block in model.blocks):
+    kind = EncoderBlock if model.config.norm_first else PostNormBlock
+    if any(type(block) is not kind for block in model.blocks):
         yield "a block was replaced or wrapped"
         return
     plain += model.blocks
     if any("forward" in m.__dict__ or any(_hooks_of(m)) for m in plain):
         yield "a module has hooks, or a forward function of its own"
     linears = [m for b in model.blocks for m in (b.qkv, b.out, b.up, b.down)]
-    norms = [model.norm, *(m for b in model.blocks for m in (b.norm1, b.norm2))]
-    if not all(map(is_linear, [*linears, model.head.dense, model.head.classify])) or not all(
+    linears += [model.head.dense, model.head.classify]
+    if model.embedding_projection is not None:
+        linears.append(model.embedding_projection)
+    outer = [m for m in (model.norm, model.embedding_norm) if m is not None]
+    norms = [*outer, *(m for b in model.blocks for m in (b.norm1, b.norm2))]
+    if not all(map(is_linear, linears)) or not all(
         is_layer_norm(m) and m.elementwise_affine and m.bias is not None for m in norms
     ):
         yield "a layer was replaced, wrapped or hooked"
@@ -256,8 +262,12 @@ def _weights(model: TransformerClassifier) -> encoder.Weights:
         )
         for b in model.blocks
     ]
+    inner, last, projection = model.embedding_norm, model.norm, model.embedding_projection
     return encoder.Weights(
-        c.num_heads, c.activation == "gelu", math.sqrt(c.d_model), values(model.embedding),
-        values(model.positions), blocks, norm(model.norm), linear(model.head.dense),
+        c.num_heads, c.activation == "gelu", not c.norm_first, c.pooling == "cls",
+        c.head_activation, 1.0 if c.positions == "learned" else math.sqrt(c.d_model),
+        values(model.embedding), values(model.positions), None if inner is None else norm(inner),
+        None if projection is None else linear(projection), blocks,
+        None if last is None else norm(last), linear(model.head.dense),
         linear(model.head.classify),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 from fasttx.commands import flags
 from fasttx.config import PRETRAIN, ModelConfig, PretrainConfig
 from fasttx.tasks import TASKS, read_config
+from fasttx.tasks.origin import Origin, PretrainedOrigin, find_origin
 from fasttx.text import splits as data
 from fasttx.training import run as runs
 from fasttx.training import trackers
@@ -18,7 +19,7 @@ from fasttx.training.folder import RunFolder
 # Settings of a classifier's training that say nothing here.
 WITHOUT = (
     "test_samples subset_order allow_single_class truncation long_texts label_smoothing "
-    "word_dropout init_from pseudo_labels split_seed"
+    "word_dropout pseudo_labels split_seed"
 ).split()
 
 
@@ -35,11 +36,23 @@ def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None
             folder = RunFolder(resume)
             run = runs.resume(task, folder, read_config(folder.config, task.name), processes)
         else:
-            config = replace(PRETRAIN, model=replace(PRETRAIN.model, **model), **settings)
+            base = PRETRAIN
+            if source_of := settings.get("init_from"):
+                base = _continued(find_origin(source_of))
+            config = replace(base, model=replace(base.model, **model), **settings)
             source = data.resolve(config.dataset)
             run = runs.create(task, config, source, "pretrain", out, processes)
         if run is not None:
             runs.train(run, log_to=args.log_to)
+
+
+def _continued(origin: Origin) -> PretrainConfig:
+    """The settings to go on from an encoder; from a pretrained one with its dropout, at a rate that
+    does not undo what it has learnt."""
+    if not isinstance(origin, PretrainedOrigin):
+        return replace(PRETRAIN, model=origin.settings(PRETRAIN.model))
+    model = origin.settings(replace(PRETRAIN.model, dropout=0.1))
+    return replace(PRETRAIN, lr=5e-5, mask_share=0.15, warmup_steps=100, model=model)
 
 
 def add_command(commands: Any) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fasttx.commands import flags
-from fasttx.config import ENCODER_SHAPE, RECIPES, ModelConfig, TrainConfig
-from fasttx.tasks import read_config
-from fasttx.training.folder import RunFolder
+from fasttx.config import RECIPES, ModelConfig, TrainConfig
+from fasttx.tasks.origin import find_origin, is_pretrained
 from fasttx.version import __version__
 
 
@@ -35,8 +34,12 @@ class TrainOptions:
         """The recipe asked for, else the one that fits. A recipe for IMDB does not fit `demo`, so
         where `auto` had to fall back to that corpus, it falls back to its recipe too."""
         fell_back = dataset == "demo" and self.dataset == "auto"
-        started = "finetune" if self.settings.get("init_from") else "full"
-        fitting = "demo" if dataset == "demo" else started
+        source = self.settings.get("init_from")
+        fitting = "full" if source is None else "finetune"
+        if dataset == "demo":
+            fitting = "demo"
+        if source is not None and is_pretrained(source):
+            fitting = "finetune-bert"  # at the rates of `demo` it would forget what it has learnt
         return fitting if fell_back or self.recipe is None else self.recipe
 
     def config(self, recipe: str) -> TrainConfig:
@@ -45,8 +48,7 @@ class TrainOptions:
         base = RECIPES[recipe]
         model = base.model
         if source := self.settings.get("init_from"):
-            theirs = read_config(RunFolder(Path(source)).config).train.model
-            model = replace(model, **{k: getattr(theirs, k) for k in ENCODER_SHAPE})
+            model = find_origin(source).settings(model)
         return replace(base, model=replace(model, **self.model_settings), **self.settings)
 
 
@@ -62,7 +64,8 @@ def options(argv: Sequence[str] | None = None) -> TrainOptions:
     run.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="settings to start from (default: full; finetune with --init-from; demo on demo)",
+        help="settings to start from (default: full; finetune from a run, finetune-bert from a "
+        "pretrained encoder; demo on demo)",
     )
     flags.add_out(run)
     flags.add_resume(run)
@@ -81,6 +84,6 @@ def options(argv: Sequence[str] | None = None) -> TrainOptions:
 def _recipe_line(name: str, c: TrainConfig) -> str:
     size = f"{c.train_samples:,} reviews" if c.train_samples else "all reviews"
     return (
-        f"  {name:8} {size}, {c.epochs} epochs of batches of {c.batch_size}, {c.optimizer} at "
+        f"  {name:13} {size}, {c.epochs} epochs of batches of {c.batch_size}, {c.optimizer} at "
         f"{c.lr:g} ({c.schedule}), dropout {c.model.dropout_text}"
     )

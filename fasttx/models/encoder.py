@@ -1,6 +1,7 @@
 """The encoder: packed rows from the token ids to the last norm, whatever head comes after it.
 
-Shapes: B texts, T rows (tokens of the batch), L padded length, d d_model, H heads, D head_dim.
+Shapes: B texts, T rows (tokens of the batch), L padded length, d d_model, e embedding width, H
+heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttx.config import ModelConfig
-from fasttx.models.layers import add, add_norm, feed_forward, linear, product_and_bias
+from fasttx.models.layers import add, add_norm, drop, feed_forward, linear, product_and_bias
 from fasttx.models.module import Model
 from fasttx.ops import registry
 from fasttx.ops.arguments import check_integers, kind
@@ -56,10 +57,10 @@ class EncoderBlock(nn.Module):
         self.dropout = config.dropout
         own = config.attention_dropout
         self.attention_dropout = config.dropout if own is None else own
-        self.norm1 = nn.LayerNorm(d)
+        self.norm1 = nn.LayerNorm(d, config.norm_eps)
         self.qkv = nn.Linear(d, 3 * d)
         self.out = nn.Linear(d, d)
-        self.norm2 = nn.LayerNorm(d)
+        self.norm2 = nn.LayerNorm(d, config.norm_eps)
         self.up = nn.Linear(d, config.d_ff)
         self.down = nn.Linear(config.d_ff, d)
 
@@ -97,6 +98,28 @@ class EncoderBlock(nn.Module):
         )
 
 
+class PostNormBlock(EncoderBlock):
+    """The block of Vaswani et al. (2017) and BERT: a norm after each addition, so that the residual
+    stream is normed itself, h = n. No norm crosses the blocks' border."""
+
+    def forward(
+        self,
+        h: Tensor,
+        n: Tensor | None,
+        next_norm: nn.Module | None,
+        ops: Operations,
+        spans: Spans,
+        dropouts: Sequence[Dropout],
+    ) -> tuple[Tensor, Tensor | None]:
+        at_attention, after_attention, in_mlp, after_mlp = dropouts
+        mixed = ops.attention(self.project(h, ops), spans, at_attention)
+        y, bias = product_and_bias(ops, self.out, mixed.flatten(1))
+        _, h = add_norm(ops, h, y, bias, self.norm1, after_attention)
+        y, bias = feed_forward(ops, self.up, self.down, h, in_mlp, self.activation)
+        _, h = add_norm(ops, h, y, bias, self.norm2, after_mlp)
+        return h, h
+
+
 class Encoded(NamedTuple):
     """What `Encoder.encode` hands to a head."""
 
@@ -112,8 +135,8 @@ class Encoder(Model):
 
     The backend is checked here and resolved for the parameters' device and dtype, again whenever
     the module moves: a model built on the CPU and moved to a GPU works, and `auto` follows.
-    The position table is no weight, so no state dict holds it: it is filled again whenever the
-    module moves, which may have left it without values (`to_empty`).
+    A sinusoidal position table is no weight, so no state dict holds it: it is filled again whenever
+    the module moves, which may have left it without values (`to_empty`).
     A subclass adds its head, then calls `reset_parameters`.
     """
 
@@ -124,23 +147,34 @@ class Encoder(Model):
         super().__init__()
         registry.check_name(config.attn_backend)
         self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        table = torch.empty(config.max_len, config.d_model)
+        d, e, eps = config.d_model, config.embedding_width, config.norm_eps
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, e))
+        table = torch.empty(config.max_len, e)
         self._table_dtype = table.dtype
-        self.register_buffer("positions", table, persistent=False)
-        blocks = [EncoderBlock(config) for _ in range(config.num_layers)]
+        if config.positions == "learned":
+            self.positions = nn.Parameter(table)
+        else:
+            self.register_buffer("positions", table, persistent=False)
+        self.embedding_norm = nn.LayerNorm(e, eps) if config.embedding_norm else None
+        self.embedding_projection = None if config.embedding_size is None else nn.Linear(e, d)
+        kind = EncoderBlock if config.norm_first else PostNormBlock
+        blocks = [kind(config) for _ in range(config.num_layers)]
         self.blocks: Sequence[EncoderBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
-        self.norm = nn.LayerNorm(config.d_model)
+        self.norm = nn.LayerNorm(d, eps) if config.norm_first else None
         self._fill_positions()
         self._resolve_backend()
 
     def reset_parameters(self) -> None:
         """Embeddings of size 0.32 once they are scaled by sqrt(d) (so N(0, 0.02^2) at d_model 256):
-        beside positions of size 0.7, which must not drown them. <PAD> 0; torch's defaults
-        elsewhere."""
-        nn.init.normal_(self.embedding, std=0.32 / math.sqrt(self.config.d_model))
+        beside positions of size 0.7, which must not drown them. Beside learned positions both are
+        N(0, 0.02^2), as BERT's. <PAD> 0; torch's defaults elsewhere."""
+        learned = self.config.positions == "learned"
+        std = 0.02 if learned else 0.32 / math.sqrt(self.config.d_model)
+        nn.init.normal_(self.embedding, std=std)
         with torch.no_grad():
-            self.embedding[0].zero_()
+            self.embedding[self.config.pad_id].zero_()
+            if learned:
+                self.positions.normal_(std=std)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
                 module.reset_parameters()
@@ -155,10 +189,10 @@ class Encoder(Model):
 
     def _fill_positions(self) -> None:
         held = self.positions
-        if held.is_meta:
+        if held.is_meta or isinstance(held, nn.Parameter):
             return
         c = self.config
-        table = sinusoidal_positions(c.max_len, c.d_model, self._table_dtype)
+        table = sinusoidal_positions(c.max_len, c.embedding_width, self._table_dtype)
         if held.is_inference() and not torch.is_inference_mode_enabled():
             self.positions = table.to(held.device, held.dtype)  # it takes no values any more
         else:
@@ -168,7 +202,7 @@ class Encoder(Model):
     def _follow_embedding(self) -> None:
         """To where its weights are now, which somebody put there one by one."""
         device, dtype = self.embedding.device, self.positions.dtype
-        if self.positions.device != device:
+        if self.positions.device != device and not isinstance(self.positions, nn.Parameter):
             self.positions = torch.empty(self.positions.shape, dtype=dtype, device=device)
             self._fill_positions()
         self._resolve_backend()
@@ -182,7 +216,8 @@ class Encoder(Model):
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         before = self.embedding.dtype
         super()._load_from_state_dict(*args, **options)
-        if self.embedding.dtype != before:  # with assign=True weights bring their dtype
+        # With assign=True weights bring their dtype.
+        if self.embedding.dtype != before and not isinstance(self.positions, nn.Parameter):
             self.positions = self.positions.to(self.embedding.dtype)
         self._follow_embedding()
 
@@ -241,13 +276,15 @@ class Encoder(Model):
         check_integers("position_ids", position_ids)
 
         at_embedding, *in_blocks, at_head = self._dropouts(seed)
-        ops, scale = self._ops, math.sqrt(self.config.d_model)
-        h = ops.embed(input_ids, position_ids, self.embedding, self.positions, at_embedding, scale)
+        ops = self._ops
+        h = self._embed(input_ids, position_ids, at_embedding)
         norms: list[nn.Module | None] = [
             block.norm1 if type(block) is EncoderBlock else None for block in self.blocks
         ]
         norms.append(self.norm)
-        n: Tensor | None = None if norms[0] is None else norms[0](h)
+        n: Tensor | None = h  # after a norm h is normed
+        if self.config.norm_first:
+            n = None if norms[0] is None else norms[0](h)
         weights = []
         for i, block in enumerate(self.blocks):
             if return_attention:
@@ -258,6 +295,33 @@ class Encoder(Model):
         assert n is not None  # by `self.norm`
         return Encoded(n, cu_seqlens, max_seqlen, at_head, tuple(weights))
 
+    def _embed(self, ids: Tensor, position_ids: Tensor, dropout: Dropout) -> Tensor:
+        """The residual stream (T, d) that the first block takes."""
+        ops, norm, projection = self._ops, self.embedding_norm, self.embedding_projection
+        if self.config.positions == "sinusoidal":
+            is_all = norm is None and projection is None
+            at_once, scale = dropout if is_all else NO_DROPOUT, math.sqrt(self.config.d_model)
+            x = ops.embed(ids, position_ids, self.embedding, self.positions, at_once, scale)
+            if is_all:
+                return x
+            x = x if norm is None else norm(x)
+        else:
+            # `ops.embed` has no gradient for its positions: learned ones are a second table.
+            words = self._rows(self.embedding, ids)
+            places = self._rows(self.positions, position_ids)
+            zeros = places.new_zeros(places.shape[1])
+            if norm is None:
+                x = words + places
+            else:
+                _, x = add_norm(ops, words, places, zeros, norm, NO_DROPOUT)
+        x = drop(ops, x, dropout)
+        return x if projection is None else linear(ops, projection, x)
+
+    def _rows(self, table: Tensor, ids: Tensor) -> Tensor:
+        """table[ids]: (V, e), (T,) -> (T, e)."""
+        nowhere = table.new_zeros(1, table.shape[1])
+        return self._ops.embed(ids, torch.zeros_like(ids), table, nowhere, NO_DROPOUT, 1.0)
+
     def _unpad(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if mask is not None and not isinstance(mask, Tensor):
             raise TypeError(f"attention_mask is {kind(mask)}; expected a tensor of bool, or 0/1")
@@ -267,7 +331,7 @@ class Encoder(Model):
                 f"input_ids has shape {tuple(input_ids.shape)} and attention_mask {shape}; "
                 "expected two equal (B, L), or packed (T,) ids with cu_seqlens"
             )
-        return unpad(input_ids, mask)
+        return unpad(input_ids, mask, self.config.pad_id)
 
     def _longest(self, cu_seqlens: Tensor) -> int:
         # Reading a size is free on the CPU; elsewhere it would stall, so the bound is max_len.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -84,6 +85,13 @@ def add_norm(
         return ops.add_norm(h, y, bias, norm.weight, norm.bias, dropout, norm.eps)
     h = add(ops, h, y, bias, dropout)
     return h, norm(h)
+
+
+def drop(ops: Operations, x: Tensor, dropout: Dropout) -> Tensor:
+    """dropout(x)."""
+    if not dropout.threshold:
+        return x
+    return add(ops, torch.zeros_like(x), x, x.new_zeros(x.shape[-1]), dropout)
 
 
 def add(ops: Operations, h: Tensor, y: Tensor, bias: Tensor, dropout: Dropout) -> Tensor:

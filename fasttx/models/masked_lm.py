@@ -1,7 +1,8 @@
 """The masked language model: the encoder with a head that names hidden words.
 
 Devlin et al. (2019), 3.1. A hidden word becomes <UNK>, not a token of its own: it stands for "some
-word" in texts already, and word dropout uses it the same way when the encoder is fine-tuned.
+word" in texts already, and word dropout uses it the same way when the encoder is fine-tuned. In a
+pretrained encoder of Hugging Face's both are its [MASK].
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from fasttx.ops.arguments import row_numbers
 from fasttx.ops.contract import Operations
 from fasttx.ops.dropout import NO_DROPOUT
 from fasttx.text.packing import RaggedIds
-from fasttx.text.tokenizer import UNK_ID
+from fasttx.text.tokenizer import WORDS_ONLY, SpecialTokens
 
 
 class MaskedHead(nn.Module):
-    """Linear(d, d) - GELU - LayerNorm on rows (M, d), then the product with the token embedding
+    """Linear(d, e) - GELU - LayerNorm on rows (M, d), then the product with the token embedding
     (shared with the encoder: Press and Wolf, 2017) and a bias for each word, both outside: where
     the words are known, they are one operation with the loss."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.d_model, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model)
+        self.dense = nn.Linear(config.d_model, config.embedding_width)
+        self.norm = nn.LayerNorm(config.embedding_width, config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor, ops: Operations) -> Tensor:
-        """The rows (M, d) of which the product with the embedding is taken."""
+        """The rows (M, e) of which the product with the embedding is taken."""
         x, bias = product_and_bias(ops, self.dense, x)
         normed: Tensor = self.norm(ops.bias_act(x, bias, NO_DROPOUT, "gelu"))
         return normed
@@ -75,20 +76,27 @@ class MaskedLanguageModel(Encoder):
 
 
 def mask_words(
-    ids: RaggedIds, share: float, vocab_size: int, stream: tuple[int, ...]
+    ids: RaggedIds,
+    share: float,
+    vocab_size: int,
+    stream: tuple[int, ...],
+    special: SpecialTokens = WORDS_ONLY,
 ) -> tuple[RaggedIds, np.ndarray, np.ndarray]:
     """Hide a share of the words: `ids` to feed, rows (M,) int64 that are to be named, and the words
-    (M,) int64 that stood there. Of ten chosen, eight become <UNK>, one a random word, one stays.
+    (M,) int64 that stood there. Of ten chosen, eight become <UNK> (or [MASK]), one a random word,
+    one stays.
 
-    Words outside the vocabulary are never chosen: they have no name. A pure function of `stream`.
+    Words outside the vocabulary and special tokens are never chosen: they are no words to name. A
+    pure function of `stream`.
     """
     rng = np.random.default_rng(stream)
-    chosen = (rng.random(len(ids.values)) < share) & (ids.values != UNK_ID)
+    chosen = (rng.random(len(ids.values)) < share) & ~np.isin(ids.values, special.reserved)
     rows = np.flatnonzero(chosen)
     words = ids.values[rows].astype(np.int64)
     fate = rng.random(len(rows))
-    others = rng.integers(UNK_ID + 1, max(vocab_size, UNK_ID + 2), len(rows))
-    shown = np.where(fate < 0.8, UNK_ID, np.where(fate < 0.9, others, words))
+    first = special.first_word
+    others = rng.integers(first, max(vocab_size, first + 1), len(rows))
+    shown = np.where(fate < 0.8, special.mask, np.where(fate < 0.9, others, words))
     values = ids.values.copy()
     values[rows] = shown
     return replace(ids, values=values), rows, words

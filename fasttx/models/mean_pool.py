@@ -44,6 +44,15 @@ def pool(n: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         return (_summed(wide, cu_seqlens, max_seqlen) / lens).to(n.dtype)
 
 
+def first_rows(n: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The first row of each sequence: (T, d) -> (B, d), 0 for an empty one."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    if not n.shape[0]:
+        return n.new_zeros(len(starts), n.shape[1])
+    rows = n.index_select(0, starts.clamp(max=n.shape[0] - 1))
+    return torch.where((starts < ends)[:, None], rows, 0.0)
+
+
 def _summed(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """`_sum` with the derivatives that the moment asks for."""
     if torch.compiler.is_compiling():

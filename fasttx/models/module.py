@@ -35,10 +35,13 @@ _SHORT = ("allocate memory", "out of memory", "not enough memory", "buffer size"
 
 def parameter_count(config: ModelConfig) -> int:
     """Of a classifier of this size, exactly."""
-    d = config.d_model
+    d, e = config.d_model, config.embedding_width
+    embedding = config.vocab_size * e + 2 * e * config.embedding_norm
+    embedding += config.max_len * e if config.positions == "learned" else 0
+    embedding += 0 if config.embedding_size is None else (e + 1) * d
     block = 4 * d * d + 2 * d * config.d_ff + 9 * d + config.d_ff
     head = d * d + d + (d + 1) * config.num_classes
-    return config.vocab_size * d + config.num_layers * block + 2 * d + head
+    return embedding + config.num_layers * block + 2 * d * config.norm_first + head
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from fasttx.load import TextClassifier
 from fasttx.models.classifier import TransformerClassifier
 from fasttx.text.packing import RaggedIds, pack
-from fasttx.text.tokenizer import UNK_ID
+from fasttx.text.tokenizer import WORDS_ONLY, SpecialTokens
 from fasttx.training.inference import predict_logits
 
 # The attributions of a text sum to its margin minus the baseline's, to within this share of that
@@ -61,14 +61,19 @@ class Explanation:
 
 
 def integrated_gradients(
-    model: TransformerClassifier, ids: np.ndarray, target: int, rival: int
+    model: TransformerClassifier,
+    ids: np.ndarray,
+    target: int,
+    rival: int,
+    special: SpecialTokens = WORDS_ONLY,
 ) -> tuple[np.ndarray, float, float, int]:
     """Attributions (n,) of the words `ids` (n,) to the margin logit[target] - logit[rival].
 
     Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks" (ICML 2017), eq. 1, along the
     straight line from a baseline to the text, in the space of word embeddings; positions stay as
     they are. The baseline is a text of as many <UNK>: the model has learnt from rare words what an
-    unknown word is, and has never seen a vector of zeros. So <UNK> itself gets 0.
+    unknown word is, and has never seen a vector of zeros. So <UNK> itself gets 0. A pretrained
+    encoder has learnt it of its [MASK]; the special tokens around the text stay, and get 0.
 
     The integral is a Gauss-Legendre sum. Its points are doubled until the completeness axiom
     (sum of attributions = margin - margin of the baseline) holds to TOLERANCE, or there are 512.
@@ -76,8 +81,11 @@ def integrated_gradients(
     """
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     table = parameters["embedding"]
-    words = table[torch.from_numpy(ids.astype(np.int64)).to(table.device)]
-    baseline = table[UNK_ID].expand_as(words)
+    unknown = ids.copy()
+    unknown[len(special.before) : len(ids) - len(special.after)] = special.mask
+    words, baseline = (
+        table[torch.from_numpy(x.astype(np.int64)).to(table.device)] for x in (ids, unknown)
+    )
 
     def margins(rows: Tensor) -> Tensor:
         """The margins (S,) of S texts (S, n, d) that are given as embeddings, not as ids."""
@@ -129,11 +137,15 @@ def explain(classifier: TextClassifier, text: str) -> Explanation:
     model, names = classifier.model.eval(), classifier.label_names
     if len(names) < 2:
         raise ValueError(f"the model knows the label {names[0]!r} only; expected at least two")
-    every_word = classifier.tokenizer.tokenize(text)
-    windows, _ = classifier.read(classifier.tokenizer.encode_batch([text]))
-    # Indices are read in the same way as ids, to see which words are kept.
-    places, _ = classifier.read(RaggedIds.from_lists([range(len(every_word))]))
-    kept = places.values.tolist()
+    special = classifier.tokenizer.special
+    every_word, word_of = classifier.tokenizer.words(text)
+    ids = classifier.tokenizer.encode_batch([text])
+    windows, _ = classifier.read(ids)
+    # Indices are cut in the same way as ids, to see which pieces of words are kept.
+    places = classifier.cut(RaggedIds.from_lists([range(len(word_of))]))
+    words = word_of[places.values]  # (pieces,) int64, in order
+    first_pieces = np.flatnonzero(np.diff(words, prepend=-1))  # of each word
+    kept = words[first_pieces].tolist()
     every_logits = predict_logits(model, windows, classifier.device)
     logits = every_logits.double().mean(0)
     order = logits.argsort(descending=True, stable=True).tolist()
@@ -144,25 +156,52 @@ def explain(classifier: TextClassifier, text: str) -> Explanation:
         batch = pack(windows.select(np.array([shown]))).to(classifier.device)
         _, weights = model(**batch.model_inputs(), return_attention=True)
     parts = [
-        integrated_gradients(model, window, target, rival)
+        integrated_gradients(model, window, target, rival, special)
         for window in (windows[i] for i in range(len(windows)))
         if len(window)
     ] or [(np.zeros(0), 0.0, 0.0, 0)]
     attributions, margin, baseline_margin, points = zip(*parts, strict=True)
-    n = int(windows.lengths[shown])
-    attention = [w[0, :, :n, :n].float().cpu().numpy() for w in weights]
+    begin, n = len(special.before), int(places.lengths[shown])
+    inside = slice(begin, begin + n)
+    attention = [w[0, :, inside, inside].float().cpu().numpy() for w in weights]
+    of_pieces = np.concatenate([a[begin : len(a) - len(special.after)] for a in attributions])
+    in_map = words[places.offsets[shown] : places.offsets[shown + 1]]
+    first_mapped = int(np.searchsorted(kept, in_map[0])) if len(in_map) else 0
+    attention = [_by_word(w, in_map) for w in attention]
+    n = attention[0].shape[-1] if attention else len(set(in_map.tolist()))
     return Explanation(
         label=names[target],
         probability=float(logits.softmax(-1)[target]),
         rival=names[rival],
         words=tuple(every_word[k] for k in kept),
-        known=windows.values != UNK_ID,
-        attributions=np.concatenate(attributions) / len(parts),
+        known=~_summed(np.isin(ids.values[places.values], special.reserved), first_pieces),
+        attributions=_summed(of_pieces, first_pieces) / len(parts),
         margin=float(np.mean(margin)),
         baseline_margin=float(np.mean(baseline_margin)),
         points=max(points),
         attention=np.stack(attention) if attention else np.zeros((0, 0, n, n), np.float32),
-        mapped=range(int(windows.offsets[shown]), int(windows.offsets[shown + 1])),
+        mapped=range(first_mapped, first_mapped + n),
         words_left_out=len(every_word) - len(kept),
         left_out_at=next((i for i, k in enumerate(kept) if k != i), len(kept)),
     )
+
+
+def _summed(pieces: np.ndarray, first_pieces: np.ndarray) -> np.ndarray:
+    """Of pieces to that of words, whose first pieces are given: sums of numbers, any of bools."""
+    if len(first_pieces) == len(pieces):
+        return pieces
+    add = np.logical_or if pieces.dtype == bool else np.add
+    summed: np.ndarray = add.reduceat(pieces, first_pieces)
+    return summed
+
+
+def _by_word(attention: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """(H, pieces, pieces) -> (H, words, words): how much a word looks at another one is the mean
+    over its pieces of the sum over the other's (Clark et al., "What Does BERT Look At?", 2019)."""
+    first_pieces = np.flatnonzero(np.diff(words, prepend=-1))
+    if len(first_pieces) == len(words):
+        return attention
+    counts = np.diff(np.append(first_pieces, len(words)))
+    looked_at = np.add.reduceat(attention, first_pieces, axis=2)
+    by_word: np.ndarray = np.add.reduceat(looked_at, first_pieces, axis=1) / counts[:, None]
+    return by_word

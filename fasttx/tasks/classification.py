@@ -22,9 +22,9 @@ from fasttx.text import splits as data
 from fasttx.text.duplicates import duplicates_text, overlap_warning
 from fasttx.text.labels import label_table, single_class_warning
 from fasttx.text.packing import PackedBatch, RaggedIds, pack
+from fasttx.text.pieces import AnyTokenizer
 from fasttx.text.reading import drop_words, read
 from fasttx.text.token_cache import encode_cached
-from fasttx.text.tokenizer import Tokenizer
 from fasttx.training.checkpoint import Progress
 from fasttx.training.folder import RunFolder
 from fasttx.training.inference import predict_logits, predict_shared
@@ -82,7 +82,8 @@ class Classification(EncoderTask):
         self, run: Run, examples: Examples, indices: np.ndarray, stream: tuple[int, ...]
     ) -> PackedBatch:
         config = run.config.train
-        ids = drop_words(examples.ids.select(indices), config.word_dropout, stream)
+        special = run.splits.special
+        ids = drop_words(examples.ids.select(indices), config.word_dropout, stream, special)
         multiple = devices.token_multiple(run.device, config.precision)
         return pack(ids, examples.labels[indices], token_multiple=multiple)
 
@@ -195,12 +196,12 @@ def _examples(
     dataset: data.TextDataset,
     more: tuple[list[str], PseudoLabels] | None,
     config: TrainConfig,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
 ) -> Splits:
-    max_len = config.model.max_len
+    max_len, special = config.model.max_len, tokenizer.special
 
     def measured_on(split: data.Split, ids: RaggedIds) -> Examples:
-        ids, owner = read(ids, max_len, config.truncation, config.long_texts)
+        ids, owner = read(ids, max_len, config.truncation, config.long_texts, special)
         return Examples(ids, split.labels, owner)
 
     splits = (dataset.train, dataset.validation, dataset.test)
@@ -211,10 +212,12 @@ def _examples(
         train = RaggedIds.concatenate([train, encode_cached(tokenizer, texts)])
         certain = np.eye(len(dataset.label_names), dtype=np.float32)[labels]
         labels = np.concatenate([certain, soft.probabilities])
+    train, _ = read(train, max_len, config.truncation, "cut", special)
     return Splits(
-        Examples(train.truncate(max_len, config.truncation), labels),
+        Examples(train, labels),
         measured_on(dataset.validation, validation),
         measured_on(dataset.test, test),
+        special,
     )
 
 

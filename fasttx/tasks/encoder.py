@@ -4,40 +4,32 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from torch import nn
 
-from fasttx.config import ENCODER_SHAPE, ModelConfig, TrainConfig
-from fasttx.errors import CheckpointError, ConfigError
+from fasttx.config import ModelConfig, TrainConfig
 from fasttx.ops import registry
-from fasttx.tasks import read_config
-from fasttx.text.tokenizer import Tokenizer
-from fasttx.training.checkpoint import load_tokenizer
-from fasttx.training.folder import RunFolder
+from fasttx.tasks.origin import find_origin
+from fasttx.text.pieces import AnyTokenizer
 from fasttx.training.task import Run, Task
 
 
 class EncoderTask(Task, ABC):
-    def tokenizer(self, config: TrainConfig, texts: Sequence[str]) -> Tokenizer:
-        """That of the run `init_from`, after a check that the encoders have one shape."""
+    def tokenizer(self, config: TrainConfig, texts: Sequence[str]) -> AnyTokenizer:
+        """That of `init_from`, after a check that the encoders have one shape."""
         if config.init_from is None:
             return super().tokenizer(config, texts)
-        source = RunFolder(Path(config.init_from))
-        theirs = read_config(source.config, "classification", "pretraining").train.model
-        for name in ENCODER_SHAPE:
-            there, here = getattr(theirs, name), getattr(config.model, name)
-            if there != here:
-                raise ConfigError(
-                    f"{name} is {here}, and {there} in {source.config}; expected the same encoder. "
-                    f"Pass --{name.replace('_', '-')} {there}"
-                )
-        if not source.best_model.exists():
-            raise CheckpointError(
-                f"{source.best_model} does not exist: that run has not finished an epoch. Go on "
-                "with it first, or start from another run"
-            )
-        return load_tokenizer(source, theirs.vocab_size)
+        origin = find_origin(config.init_from)
+        origin.check(config.model)
+        return origin.tokenizer()
+
+    def origin_sha256(self, config: TrainConfig) -> str | None:
+        return None if config.init_from is None else find_origin(config.init_from).sha256()
+
+    def start(self, config: TrainConfig, model: nn.Module, sha256: str | None) -> None:
+        if config.init_from is not None:
+            find_origin(config.init_from).start(model, sha256)
 
     def backend(self, config: TrainConfig, device: torch.device) -> str:
         m = config.model

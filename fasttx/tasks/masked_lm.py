@@ -20,9 +20,9 @@ from fasttx.tasks.encoder import EncoderTask, machine_text, optimizer_text, size
 from fasttx.text import duplicates
 from fasttx.text import splits as data
 from fasttx.text.packing import PackedBatch, pack
-from fasttx.text.reading import by_length
+from fasttx.text.pieces import AnyTokenizer
+from fasttx.text.reading import by_length, read
 from fasttx.text.token_cache import encode_cached
-from fasttx.text.tokenizer import Tokenizer
 from fasttx.training.checkpoint import Progress
 from fasttx.training.results import common
 from fasttx.training.task import Examples, Run, Splits, TaskData
@@ -91,7 +91,7 @@ class MaskedLM(EncoderTask):
         config = _settings(run)
         vocab, stream = config.model.vocab_size, (*stream, _MASK_STREAM)
         ids, rows, words = mask_words(
-            examples.ids.select(indices), config.mask_share, vocab, stream
+            examples.ids.select(indices), config.mask_share, vocab, stream, run.splits.special
         )
         multiple = devices.token_multiple(run.device, config.precision)
         if multiple > 1:  # few sizes here too: up to 31 of the hidden words are not asked for
@@ -150,13 +150,14 @@ def _settings(run: Run) -> PretrainConfig:
 
 
 def _examples(
-    train: list[str], held_out: list[str], config: TrainConfig, tokenizer: Tokenizer
+    train: list[str], held_out: list[str], config: TrainConfig, tokenizer: AnyTokenizer
 ) -> Splits:
     """Every text in windows; a window's label is not used, for its words are its labels."""
 
     def windows(texts: list[str]) -> Examples:
         ids = encode_cached(tokenizer, texts)
-        pieces, _ = ids.select(np.flatnonzero(ids.lengths)).windows(config.model.max_len)
+        ids = ids.select(np.flatnonzero(ids.lengths))
+        pieces, _ = read(ids, config.model.max_len, "head", "windows", tokenizer.special)
         return Examples(pieces, np.zeros(len(pieces), dtype=np.int64))
 
-    return Splits(windows(train), windows(held_out))
+    return Splits(windows(train), windows(held_out), special=tokenizer.special)

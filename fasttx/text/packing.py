@@ -88,6 +88,24 @@ class RaggedIds:
         halves = self._gather(pieces, np.stack([head, lengths - head], 1).ravel())
         return RaggedIds(halves.values, halves.offsets[::2].copy())
 
+    def framed(self, before: Sequence[int], after: Sequence[int]) -> RaggedIds:
+        """Every sequence between `before` and `after`."""
+        if not before and not after:
+            return self
+        lengths = self.lengths + (len(before) + len(after))
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        starts, ends = offsets[:-1], offsets[1:]
+        values = np.empty(offsets[-1], dtype=self.values.dtype)
+        inside = np.ones(len(values), dtype=bool)
+        for i, token in enumerate(before):
+            values[starts + i], inside[starts + i] = token, False
+        for i, token in enumerate(after):
+            at = ends - (len(after) - i)
+            values[at], inside[at] = token, False
+        values[inside] = self.values[self.offsets[0] : self.offsets[-1]]
+        return RaggedIds(values, offsets)
+
     def windows(self, max_len: int) -> tuple[RaggedIds, np.ndarray]:
         """Cut every text into the fewest windows of at most `max_len` tokens.
 
@@ -173,16 +191,19 @@ def pack(
     )
 
 
-def unpad(input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def unpad(
+    input_ids: Tensor, attention_mask: Tensor | None = None, pad_id: int = 0
+) -> tuple[Tensor, Tensor]:
     """Pack the real tokens of a padded batch: input_ids (B, L) -> (T,), and cu_seqlens (B + 1,).
 
-    attention_mask (B, L) bool or 0/1, 1 = real token; None means `input_ids != 0`. Padding may be
-    on either side or in between. Under torch.compile the shape is fixed: T = B * L, and the padding
-    becomes a dead tail. Raises TypeError and ValueError for other masks, additive ones among them:
-    their values are read on the CPU only, since elsewhere that would wait for the device.
+    attention_mask (B, L) bool or 0/1, 1 = real token; None means `input_ids != pad_id`. Padding may
+    be on either side or in between. Under torch.compile the shape is fixed: T = B * L, and the
+    padding becomes a dead tail. Raises TypeError and ValueError for other masks, additive ones
+    among them: their values are read on the CPU only, since elsewhere that would wait for the
+    device.
     """
     shape = tuple(input_ids.shape)
-    mask = input_ids != 0 if attention_mask is None else real_tokens(attention_mask, shape)
+    mask = input_ids != pad_id if attention_mask is None else real_tokens(attention_mask, shape)
     cu_seqlens = mask.new_zeros(len(mask) + 1, dtype=torch.int32)
     cu_seqlens[1:] = mask.sum(1).cumsum(0)
     flat = mask.flatten()

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasttx.errors import ConfigError
 from fasttx.text.packing import RaggedIds
-from fasttx.text.tokenizer import UNK_ID
+from fasttx.text.tokenizer import WORDS_ONLY, SpecialTokens
 
 
 def by_length(ids: RaggedIds, batch_size: int) -> Iterator[np.ndarray]:
@@ -23,16 +24,30 @@ def by_length(ids: RaggedIds, batch_size: int) -> Iterator[np.ndarray]:
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
 
 
-def read(
-    ids: RaggedIds, max_len: int, truncation: str, long_texts: str
+def cut(
+    ids: RaggedIds, max_len: int, truncation: str, long_texts: str, special: SpecialTokens
 ) -> tuple[RaggedIds, np.ndarray | None]:
-    """The token ids that a model predicts from, by TrainConfig's truncation and long_texts.
+    """The words of each text that a model predicts from, by TrainConfig's truncation and
+    long_texts. With the special tokens around them they are at most max_len tokens.
 
     The second value is (windows,) int64, the text of each window, or None where each text is one.
     """
-    if long_texts == "windows" and not ids.fits(max_len):
-        return ids.windows(max_len)
-    return ids.truncate(max_len, truncation), None
+    room = max_len - len(special.before) - len(special.after)
+    if room < 1:
+        raise ConfigError(
+            f"max_len is {max_len}; expected room for a word beside {max_len - room} special tokens"
+        )
+    if long_texts == "windows" and not ids.fits(room):
+        return ids.windows(room)
+    return ids.truncate(room, truncation), None
+
+
+def read(
+    ids: RaggedIds, max_len: int, truncation: str, long_texts: str, special: SpecialTokens
+) -> tuple[RaggedIds, np.ndarray | None]:
+    """`cut`, with the special tokens around each sequence."""
+    pieces, owner = cut(ids, max_len, truncation, long_texts, special)
+    return pieces.framed(special.before, special.after), owner
 
 
 def mean_of_windows(logits: Tensor, owner: np.ndarray | None) -> Tensor:
@@ -44,9 +59,13 @@ def mean_of_windows(logits: Tensor, owner: np.ndarray | None) -> Tensor:
     return sums / torch.bincount(of)[:, None]
 
 
-def drop_words(ids: RaggedIds, p: float, stream: tuple[int, ...]) -> RaggedIds:
-    """`ids` with each word replaced by <UNK> with probability p; a pure function of `stream`."""
+def drop_words(
+    ids: RaggedIds, p: float, stream: tuple[int, ...], special: SpecialTokens = WORDS_ONLY
+) -> RaggedIds:
+    """`ids` with each word replaced by what stands for some word (<UNK>, [MASK]) with probability
+    p; a pure function of `stream`."""
     if p == 0.0:
         return ids
     lost = np.random.default_rng(stream).random(len(ids.values)) < p
-    return replace(ids, values=np.where(lost, np.int32(UNK_ID), ids.values))
+    lost &= ~np.isin(ids.values, special.reserved)
+    return replace(ids, values=np.where(lost, np.int32(special.mask), ids.values))

@@ -15,14 +15,15 @@ import numpy as np
 
 from fasttx.files import atomic_write, cache_folder
 from fasttx.text.packing import RaggedIds
-from fasttx.text.tokenizer import Tokenizer, checked_texts
+from fasttx.text.pieces import AnyTokenizer
+from fasttx.text.tokenizer import checked_texts
 
 _CACHE_FORMAT = "fasttx-tokens-1"
 _CACHE_FILES = 20  # the ids of IMDB's 25,000 training reviews are 27 MB
 
 
 def encode_cached(
-    tokenizer: Tokenizer, texts: Sequence[str], cache_dir: str | Path | None = None
+    tokenizer: AnyTokenizer, texts: Sequence[str], cache_dir: str | Path | None = None
 ) -> RaggedIds:
     """`tokenizer.encode_batch(texts)`, read from disk if it was computed before.
 
@@ -51,7 +52,7 @@ def encode_cached(
     return ids
 
 
-def _cache_key(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
+def _cache_key(tokenizer: AnyTokenizer, texts: Sequence[str]) -> str:
     digest = hashlib.sha256()
     rules = json.dumps(tokenizer.to_dict())
     # What lower case is depends on Python's Unicode tables.

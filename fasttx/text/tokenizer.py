@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,23 @@ from fasttx.text.packing import RaggedIds
 
 PAD, UNK = "<PAD>", "<UNK>"
 PAD_ID, UNK_ID = 0, 1
+
+
+class SpecialTokens(NamedTuple):
+    """The ids of a tokenizer that are no words.
+
+    mask: stands for some word; before, after: what a model expects around each sequence; reserved:
+    what is neither hidden from the model nor replaced; first_word: words are drawn from there on.
+    """
+
+    mask: int = UNK_ID
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    reserved: tuple[int, ...] = (PAD_ID, UNK_ID)
+    first_word: int = UNK_ID + 1
+
+
+WORDS_ONLY = SpecialTokens()
 
 # Between words: control characters, white space, characters of no width. (Dashes of badly decoded
 # Windows-1252 pages lie in U+0080-U+009F.)
@@ -96,6 +113,7 @@ class Tokenizer:
     word may contain apostrophes (don't). No text is read as the tokens <PAD> or <UNK>.
     """
 
+    special = SpecialTokens()
     # Of a text: its words, whether in the vocabulary or not.
     tokenize: Callable[[str], list[str]] = staticmethod(_words_of)
 
@@ -143,6 +161,11 @@ class Tokenizer:
             values.extend(map(self._ids.get, self.tokenize(text), repeat(UNK_ID)))
             offsets.append(len(values))
         return RaggedIds(np.array(values, np.int32), np.array(offsets, np.int64))
+
+    def words(self, text: str) -> tuple[list[str], np.ndarray]:
+        """The words of `text` as they are shown, and the word of each id: as many, in order."""
+        words = self.tokenize(text)
+        return words, np.arange(len(words))
 
     def id_to_token(self, token_id: int) -> str:
         """The word with this id. Raises ValueError for an id that is not in the vocabulary."""

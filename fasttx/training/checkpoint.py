@@ -15,7 +15,7 @@ from torch import nn
 
 from fasttx.config import TrainConfig
 from fasttx.errors import CheckpointError
-from fasttx.text.tokenizer import Tokenizer
+from fasttx.text.pieces import AnyTokenizer, read_tokenizer
 from fasttx.training.folder import RunFolder, digest_of, remedy, verified
 from fasttx.weights import own_names
 
@@ -155,14 +155,14 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_tokenizer(folder: RunFolder, vocab_size: int) -> Tokenizer:
+def load_tokenizer(folder: RunFolder, vocab_size: int) -> AnyTokenizer:
     """The tokenizer of a run whose embedding has `vocab_size` rows.
 
     Raises TokenizerError, and CheckpointError for a file that is not the run's.
     """
     with contextlib.suppress(FileNotFoundError):  # of which `load` speaks
         verified(folder.tokenizer)
-    tokenizer = Tokenizer.load(folder.tokenizer)
+    tokenizer = read_tokenizer(folder.tokenizer)
     if len(tokenizer) > vocab_size:
         raise CheckpointError(
             f"{folder.tokenizer} has {len(tokenizer):,} words, and the run's embedding has "
@@ -190,6 +190,10 @@ def load_encoder(model: nn.Module, path: Path, sha256: str | None = None) -> Non
     own = {k: v for k, v in wanted.items() if k.startswith("head.")}
     saved = own_names(load_state(path), wanted)
     theirs = {k: v for k, v in saved.items() if not k.startswith("head.")}
+    if "positions" in wanted and torch.is_tensor(
+        theirs.get("positions")
+    ):  # learned: the first ones
+        theirs["positions"] = theirs["positions"][: len(wanted["positions"])]
     fit_weights(model, theirs | own, path)
 
 

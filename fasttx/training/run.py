@@ -22,13 +22,11 @@ from fasttx.text import splits as data
 from fasttx.training import distributed
 from fasttx.training.checkpoint import (
     RunConfig,
-    load_encoder,
-    load_state,
     load_tokenizer,
     read_json,
 )
 from fasttx.training.distributed import Processes
-from fasttx.training.folder import Manifest, RunFolder, digest_of
+from fasttx.training.folder import Manifest, RunFolder
 from fasttx.training.progress import ProgressDisplay, console, log_file
 from fasttx.training.task import Run, Task
 from fasttx.training.trackers import Trackers
@@ -78,7 +76,9 @@ def create(
     Its tokenizer is made, and what was `auto` is settled. Raises FasttxError.
     """
     paths = {k: v for k in ("init_from", "pseudo_labels") if (v := getattr(config, k)) is not None}
-    paths = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items()}
+    paths = {name: os.path.expanduser(path) for name, path in paths.items()}
+    # What is no folder is a name on a hub.
+    paths = {k: os.path.abspath(v) if os.path.exists(v) else v for k, v in paths.items()}
     config = replace(config, dataset=source.name, **paths)
     folder = new_folder(out, recipe, processes, task.command)
     try:
@@ -107,7 +107,7 @@ def _begin(
     tokenizer = task.tokenizer(config, loaded.texts)
     saved = RunConfig(
         config, backend, device.type, loaded.label_names, loaded.described, recipe, task.name,
-        _encoder_digest(config), processes.from_main(task.choices(backend)),
+        task.origin_sha256(config), processes.from_main(task.choices(backend)),
     )  # fmt: skip
     task.choose(backend, saved.choices or {})
     splits = loaded.examples(config, tokenizer)
@@ -116,15 +116,6 @@ def _begin(
         folder.write_json(folder.config, saved.to_dict())  # last: from now on it is a run
     processes.barrier()
     return Run(task, saved, folder, device, processes, splits, loaded.validation)
-
-
-def _encoder_digest(config: TrainConfig) -> str | None:
-    """Of the weights to start from, once they were read: a damaged file should end no run later."""
-    if config.init_from is None:
-        return None
-    weights = RunFolder(Path(config.init_from)).best_model
-    load_state(weights)
-    return digest_of(weights)
 
 
 def resume(task: Task, folder: RunFolder, saved: RunConfig, processes: Processes) -> Run | None:
@@ -287,8 +278,7 @@ def _start(run: Run) -> nn.Module:
         log.info("%s", paragraph)
     if config.init_from and not run.folder.last.exists():
         log.info("encoder    starts from %s", config.init_from)
-        weights = RunFolder(Path(config.init_from)).best_model
-        load_encoder(model, weights, run.config.init_from_sha256)
+        run.task.start(config, model, run.config.init_from_sha256)
     return model
 
 

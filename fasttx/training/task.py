@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fasttx.config import ModelConfig, TrainConfig
 from fasttx.text.packing import PackedBatch, RaggedIds
-from fasttx.text.tokenizer import Tokenizer
+from fasttx.text.pieces import AnyTokenizer
+from fasttx.text.tokenizer import SpecialTokens, Tokenizer
 from fasttx.training.checkpoint import Progress, RunConfig
 from fasttx.training.distributed import Processes
 from fasttx.training.folder import RunFolder
@@ -42,6 +43,7 @@ class Splits(NamedTuple):
     train: Examples
     validation: Examples
     test: Examples | None = None
+    special: SpecialTokens = SpecialTokens()
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class TaskData:
     label_names: tuple[str, ...]
     described: dict[str, Any]
     notes: Sequence[str]
-    examples: Callable[[TrainConfig, Tokenizer], Splits]
+    examples: Callable[[TrainConfig, AnyTokenizer], Splits]
     validation: Sequence[str] = ()
 
 
@@ -89,7 +91,7 @@ class Task(ABC):
     def load(self, config: TrainConfig) -> TaskData:
         """The data of a run; the same for the same settings. Raises DataError."""
 
-    def tokenizer(self, config: TrainConfig, texts: Sequence[str]) -> Tokenizer:
+    def tokenizer(self, config: TrainConfig, texts: Sequence[str]) -> AnyTokenizer:
         return Tokenizer.train(texts, config.model.vocab_size)
 
     @abstractmethod
@@ -109,6 +111,17 @@ class Task(ABC):
 
     @abstractmethod
     def model(self, config: ModelConfig) -> nn.Module: ...
+
+    def origin_sha256(self, config: TrainConfig) -> str | None:
+        """Of the weights that `start` will read, after a look that they can be read: a damaged file
+        should end no run later. None: the model starts anew."""
+        return None
+
+    def start(self, config: TrainConfig, model: nn.Module, sha256: str | None) -> None:
+        """Give a new model the weights that it starts from; they have this SHA-256.
+
+        Raises CheckpointError for other ones."""
+        return  # most start anew
 
     @abstractmethod
     def heading(self, run: Run, model: nn.Module) -> list[str]:

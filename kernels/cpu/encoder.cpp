@@ -60,6 +60,8 @@ std::vector<Sample> samples_of(const EncoderWeights& w) {
     sample(samples, b.qkv, 3 * d, d), sample(samples, b.out, d, d);
     sample(samples, b.up, w.d_ff, d), sample(samples, b.down, d, w.d_ff);
   }
+  sample(samples, w.embedding_norm, w.embedding_width);
+  sample(samples, w.projection, d, w.embedding_width);
   sample(samples, w.norm, d);
   sample(samples, w.dense, d, d), sample(samples, w.classify, w.classes, d);
   return samples;

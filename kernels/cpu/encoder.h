@@ -2,7 +2,8 @@
 //
 // Two ways to cut a call into phases, whose logits are the same bits:
 //   columns  few rows: each product's columns are shared out, so that a thread reads its part of the
-//            weights only, which is what such a call spends its time on. A layer has five phases.
+//            weights only, which is what such a call spends its time on. A layer has five phases, a
+//            post-norm one seven.
 //   rows     many rows: a block of rows goes from the attention to the next layer's qkv and stays in
 //            one second-level cache. A layer has two phases.
 // What a thread needs besides (the norms of the rows, or their 8-bit form) it makes for itself, once a
@@ -36,13 +37,21 @@ struct PackedBlock {
   PackedLinear qkv, out, up, down;
 };
 
+// The phases of a layer, where columns are shared out.
+enum Step { QKV, ATTENTION, OUT, NORM1, UP, DOWN, NORM2 };
+constexpr Step PRE_NORM[] = {QKV, ATTENTION, OUT, UP, DOWN};
+constexpr Step POST_NORM[] = {QKV, ATTENTION, OUT, NORM1, UP, DOWN, NORM2};
+
 struct Model {
   void (*run)(void* call, int64_t phase, int64_t item, int thread);
   Precision precision;
-  int64_t d, dp, heads, head_dim, hp, d_ff, fp, layers, places, classes;
-  bool gelu;
+  int64_t d, dp, e, ep, heads, head_dim, hp, d_ff, fp, layers, places, classes;
+  bool gelu, post_norm, first_row;
+  HeadActivation head_activation;
   float embedding_scale;
   const float *embedding, *positions;
+  PackedNorm embedding_norm;  // without gamma there is none
+  PackedLinear projection;    // without panels there is none
   PackedBlock* blocks;
   PackedNorm norm;
   PackedLinear dense, classify;
@@ -201,6 +210,7 @@ struct Call {
   bool columns;
   int64_t blocks;               // of rows
   int64_t queries;              // of an item of attention
+  int64_t normed;               // items of a phase that norms h
   const int64_t* first_item;    // (batch + 1,): the first item of attention of each text
   int64_t qkv_share, out_share, up_share;  // panels of an item
   int64_t ld, qkv_ld, mixed_ld, u_ld, q_ld;
@@ -227,7 +237,9 @@ INLINE bool by_columns(const Texts& t, int threads, Split split) {
   return split == Split::BY_SIZE ? rows <= 8 * threads : split == Split::COLUMNS;
 }
 
-INLINE int64_t phases_of(const Model& m, bool columns) { return columns ? 5 * m.layers + 2 : 2 * m.layers + 2; }
+INLINE int64_t steps_of(const Model& m) { return m.post_norm ? 7 : 5; }
+INLINE Step step_of(const Model& m, int64_t i) { return m.post_norm ? POST_NORM[i % 7] : PRE_NORM[i % 5]; }
+INLINE int64_t phases_of(const Model& m, bool columns) { return (columns ? steps_of(m) : 2) * m.layers + 2; }
 
 // Lays out a call; without a block of memory it counts bytes.
 static void lay_out(const Model& m, const Texts& t, int threads, Split split, Pieces& pieces, Call& c) {
@@ -241,12 +253,13 @@ static void lay_out(const Model& m, const Texts& t, int threads, Split split, Pi
   }
   c.blocks = parts(parts(c.rows, ROWS_BLOCK), threads) * threads;
   if (c.blocks > c.rows) c.blocks = c.rows;
+  c.normed = least(c.rows, threads);
   c.queries = t.batch * m.heads < 4 * threads ? QUERIES : INT64_MAX / 2;
   c.qkv_share = panel_share(3 * m.heads * m.hp, c.rows, threads);
   c.out_share = panel_share(m.dp, c.rows, threads);
   c.up_share = panel_share(m.fp, c.rows, threads);
   const int64_t widest = m.fp > m.heads * m.hp ? m.fp : m.heads * m.hp;
-  c.ld = row_units(m.dp), c.qkv_ld = row_units(3 * m.heads * m.hp / per);
+  c.ld = row_units(m.dp > m.ep ? m.dp : m.ep), c.qkv_ld = row_units(3 * m.heads * m.hp / per);
   c.mixed_ld = row_units(m.heads * m.hp / per), c.u_ld = row_units(m.fp / per);
   c.q_ld = row_units(parts(widest > m.dp ? widest : m.dp, Bytes::PER));
   c.h = pieces.take<float>(c.rows * m.dp);
@@ -392,11 +405,21 @@ struct Items {
     return {own.q, c.q_ld};
   }
 
-  // The norms of rows [r0, r1) of h.
+  // What a product takes of rows [r0, r1) of h: their norms, or where h is normed itself, the rows.
   Operand normed(const PackedNorm& norm, int64_t r0, int64_t r1, const PackedLinear& l) {
-    for (int64_t r = r0; r < r1; r++)
-      norm_row(c.h + r * m.dp, stored(own.n + (r - r0) * c.ld), norm, m.d);
+    for (int64_t r = r0; r < r1; r++) {
+      const float* h = c.h + r * m.dp;
+      S* n = stored(own.n + (r - r0) * c.ld);
+      if (!m.post_norm) norm_row(h, n, norm, m.d);
+      else
+        for (int64_t i = 0; i < m.dp; i += W) store(n + i, load(h + i));
+    }
     return as_units(own.n, c.ld, r1 - r0, l);
+  }
+
+  // h becomes its norm, after a sublayer of a post-norm block.
+  void settle(const PackedNorm& norm, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; r++) norm_row(c.h + r * m.dp, c.h + r * m.dp, norm, m.d);
   }
 
   // take(row, column, x W^T + bias), for panels [p0, p1).
@@ -448,20 +471,29 @@ struct Items {
   void embed(int64_t r0, int64_t r1) {
     const int64_t* offsets = c.texts.offsets;
     int64_t b = text_of(r0);
+    const bool projected = m.projection.panels;  // from rows of e columns
     for (int64_t r = r0; r < r1; r++) {
       while (offsets[b + 1] - offsets[0] <= r) b++;
-      const float* word = m.embedding + c.texts.ids[offsets[0] + r] * m.d;
-      const float* place = m.positions + (r - (offsets[b] - offsets[0])) * m.d;
-      float* h = c.h + r * m.dp;
+      const float* word = m.embedding + c.texts.ids[offsets[0] + r] * m.e;
+      const float* place = m.positions + (r - (offsets[b] - offsets[0])) * m.e;
+      float* x = projected ? own.n + (r - r0) * c.ld : c.h + r * m.dp;
       int64_t i = 0;
-      for (; i + W <= m.d; i += W) store(h + i, load(word + i) * m.embedding_scale + load(place + i));
-      if (i < m.d) {
-        const int n = (int)(m.d - i);
-        store(h + i, load_first(word + i, n) * m.embedding_scale + load_first(place + i, n));
+      for (; i + W <= m.e; i += W) store(x + i, load(word + i) * m.embedding_scale + load(place + i));
+      if (i < m.e) {
+        const int n = (int)(m.e - i);
+        store(x + i, load_first(word + i, n) * m.embedding_scale + load_first(place + i, n));
         i += W;
       }
-      for (; i < m.dp; i += W) store(h + i, F{});
+      for (; i < m.ep; i += W) store(x + i, F{});
+      if (m.embedding_norm.gamma) norm_row(x, x, m.embedding_norm, m.e);
     }
+    if (!projected) return;
+    float* h = c.h + r0 * m.dp;
+    const PackedLinear& l = m.projection;
+    product<Floats>(own.n, c.ld, 0, r1 - r0, l.panels, l.depth, 0, l.columns / GN,
+                    [](int64_t, int64_t, int64_t) {}, [&](int64_t row, int64_t column, F sum) {
+      store(h + row * m.dp + column, sum + load(l.bias + column));
+    });
   }
 
   // The text that row r, from 0, belongs to.
@@ -491,25 +523,32 @@ struct Items {
                                  m.head_dim, m.hp, own.space);
   }
 
-  // The mean of a text's normed rows, and the head.
+  F head_activation(F x) {
+    if (m.head_activation == HeadActivation::TANH) return tanh(x);
+    if (m.head_activation == HeadActivation::RELU) return select(x <= 0.0f, F{}, x);
+    F cdf, pdf;
+    normal(x, cdf, pdf);
+    return x * cdf;
+  }
+
+  // The mean of a text's normed rows, or the first of them, and the head.
   void finish(int64_t b) {
     const int64_t* offsets = c.texts.offsets;
     const int64_t first = offsets[b] - offsets[0], last = offsets[b + 1] - offsets[0];
     const auto nothing = [](int64_t, int64_t, int64_t) {};
     float *n = own.space, *pooled = n + m.dp, *hidden = pooled + m.dp;
     memset(pooled, 0, 4 * m.dp);
-    for (int64_t r = first; r < last; r++) {
-      norm_row(c.h + r * m.dp, n, m.norm, m.d);
-      for (int64_t i = 0; i < m.d; i += W) store(pooled + i, load(pooled + i) + load(n + i));
+    const int64_t end = m.first_row ? least(last, first + 1) : last;
+    for (int64_t r = first; r < end; r++) {
+      const float* row = c.h + r * m.dp;
+      if (!m.post_norm) norm_row(row, n, m.norm, m.d), row = n;
+      for (int64_t i = 0; i < m.d; i += W) store(pooled + i, load(pooled + i) + load(row + i));
     }
-    if (last - first > 1)
-      for (int64_t i = 0; i < m.d; i += W) store(pooled + i, load(pooled + i) / (float)(last - first));
+    if (end - first > 1)
+      for (int64_t i = 0; i < m.d; i += W) store(pooled + i, load(pooled + i) / (float)(end - first));
     product<Floats>(pooled, m.dp, 0, 1, m.dense.panels, m.dense.depth, 0, m.dense.columns / GN, nothing,
                     [&](int64_t, int64_t column, F sum) {
-      F cdf, pdf;
-      sum += load(m.dense.bias + column);
-      normal(sum, cdf, pdf);
-      store(hidden + column, sum * cdf);
+      store(hidden + column, head_activation(sum + load(m.dense.bias + column)));
     });
     product<Floats>(hidden, m.dp, 0, 1, m.classify.panels, m.classify.depth, 0, m.classify.columns / GN,
                     nothing, [&](int64_t, int64_t column, F sum) {
@@ -523,25 +562,29 @@ struct Items {
   // A phase of `columns`: all rows, panels from item * width on.
   void column_item(int64_t phase, int64_t item) {
     if (phase == 0) return embed(0, c.rows);
-    const int64_t layer = (phase - 1) / 5, step = (phase - 1) % 5;
+    const int64_t layer = (phase - 1) / steps_of(m);
     if (layer == m.layers) return finish(item);
-    if (step == 1) return attention_item(item);
+    const Step step = step_of(m, phase - 1);
+    if (step == ATTENTION) return attention_item(item);
     const PackedBlock& l = m.blocks[layer];
-    const PackedLinear& of = step == 0 ? l.qkv : step == 2 ? l.out : step == 3 ? l.up : l.down;
-    const int64_t width = step == 0 ? c.qkv_share : step == 3 ? c.up_share : c.out_share;
+    if (step == NORM1 || step == NORM2)
+      return settle(step == NORM1 ? l.norm1 : l.norm2, share(c.rows, item, c.normed),
+                    share(c.rows, item + 1, c.normed));
+    const PackedLinear& of = step == QKV ? l.qkv : step == OUT ? l.out : step == UP ? l.up : l.down;
+    const int64_t width = step == QKV ? c.qkv_share : step == UP ? c.up_share : c.out_share;
     const int64_t p0 = item * width, p1 = least(p0 + width, of.columns / GN);
     const bool fresh = own.prepared != phase;  // the rows, as this thread reads them
     own.prepared = phase;
     Operand x = BYTES ? Operand{own.q, c.q_ld} : Operand{own.n, c.ld};
-    if (step == 0) {
+    if (step == QKV) {
       if (fresh) x = normed(l.norm1, 0, c.rows, of);
       project(of, x, c.rows, p0, p1, c.qkv, c.qkv_ld);
-    } else if (step == 3) {
+    } else if (step == UP) {
       if (fresh) x = normed(l.norm2, 0, c.rows, of);
       activate(of, x, c.rows, p0, p1, c.u, c.u_ld);
     } else {
       if (fresh || !BYTES)
-        x = step == 2 ? as_units(c.mixed, c.mixed_ld, c.rows, of) : as_units(c.u, c.u_ld, c.rows, of);
+        x = step == OUT ? as_units(c.mixed, c.mixed_ld, c.rows, of) : as_units(c.u, c.u_ld, c.rows, of);
       add(of, x, c.rows, p0, p1, c.h);
     }
   }
@@ -557,8 +600,10 @@ struct Items {
       const PackedBlock& l = m.blocks[layer - 1];
       float* h = c.h + r0 * m.dp;
       add(l.out, as_units(c.mixed + r0 * c.mixed_ld, c.mixed_ld, rows, l.out), rows, 0, l.out.columns / GN, h);
+      if (m.post_norm) settle(l.norm1, r0, r1);
       activate(l.up, normed(l.norm2, r0, r1, l.up), rows, 0, l.up.columns / GN, own.u, c.u_ld);
       add(l.down, as_units(own.u, c.u_ld, rows, l.down), rows, 0, l.down.columns / GN, h);
+      if (m.post_norm) settle(l.norm2, r0, r1);
     }
     if (layer < m.layers) {
       const PackedBlock& l = m.blocks[layer];
@@ -589,7 +634,9 @@ static void build(const EncoderWeights& w, Precision precision, Pieces& pieces) 
   to.run = run_item<P>, to.precision = precision;
   to.d = w.d_model, to.heads = w.heads, to.head_dim = w.d_model / w.heads, to.d_ff = w.d_ff;
   to.dp = parts(to.d, GN) * GN, to.hp = parts(to.head_dim, GN) * GN, to.fp = parts(to.d_ff, GN) * GN;
+  to.e = w.embedding_width, to.ep = parts(to.e, GN) * GN;
   to.layers = w.layers, to.places = w.places, to.classes = w.classes;
+  to.post_norm = w.post_norm, to.first_row = w.first_row, to.head_activation = w.head_activation;
   to.gelu = w.gelu, to.embedding_scale = w.embedding_scale;
   to.embedding = w.embedding, to.positions = w.positions, to.blocks = blocks;
   const Padding d{1, to.d, to.d}, f{1, to.d_ff, to.d_ff}, heads{to.heads, to.head_dim, to.hp};
@@ -605,7 +652,9 @@ static void build(const EncoderWeights& w, Precision precision, Pieces& pieces) 
     b.down = pack_linear<E>(from.down, d, f, pieces);
     if (blocks) blocks[i] = b;
   }
-  to.norm = pack_norm(w.norm, to.d, to.dp, pieces);
+  if (w.embedding_norm.gamma) to.embedding_norm = pack_norm(w.embedding_norm, to.e, to.ep, pieces);
+  if (w.projection.weight) to.projection = pack_linear<Floats>(w.projection, d, {1, to.e, to.e}, pieces);
+  if (w.norm.gamma) to.norm = pack_norm(w.norm, to.d, to.dp, pieces);
   to.dense = pack_linear<Floats>(w.dense, d, d, pieces);
   to.classify = pack_linear<Floats>(w.classify, classes, d, pieces);
 }
@@ -644,11 +693,11 @@ static void encoder_start(const void* model, const Texts& t, int threads, Split 
   lay_out(m, t, threads, split, pieces, c);
   const int64_t attention = c.first_item[t.batch];
   const int64_t steps[] = {parts(3 * m.heads * m.hp / GN, c.qkv_share), attention,
-                           parts(m.dp / GN, c.out_share), parts(m.fp / GN, c.up_share),
-                           parts(m.dp / GN, c.out_share)};
+                           parts(m.dp / GN, c.out_share), c.normed, parts(m.fp / GN, c.up_share),
+                           parts(m.dp / GN, c.out_share), c.normed};  // as `Step` has them
   const int64_t phases = phases_of(m, c.columns);
   for (int64_t i = 0; i < phases; i++)
-    items[i] = c.columns ? (i == 0 ? 1 : steps[(i - 1) % 5]) : i % 2 ? attention : c.blocks;
+    items[i] = c.columns ? (i == 0 ? 1 : steps[step_of(m, i - 1)]) : i % 2 ? attention : c.blocks;
   items[phases - 1] = t.batch;
 }
 

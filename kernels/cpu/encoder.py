@@ -54,16 +54,22 @@ class _Block(ctypes.Structure):
     )
 
 
-_SIZES = ("d_model", "heads", "d_ff", "layers", "vocabulary", "places", "classes")
+_SIZES = (
+    "d_model", "embedding_width", "heads", "d_ff", "layers", "vocabulary", "places", "classes",
+)  # fmt: skip
+_CHOICES = ("gelu", "post_norm", "first_row", "head_activation")
+HEAD_ACTIVATIONS = ("gelu", "tanh", "relu")  # as encoder_kernels.h numbers them
 
 
 class _Weights(ctypes.Structure):
     _fields_ = (
         *((name, _L) for name in _SIZES),
-        ("gelu", _I),
+        *((name, _I) for name in _CHOICES),
         ("embedding_scale", _F),
         ("embedding", _P),
         ("positions", _P),
+        ("embedding_norm", _Norm),
+        ("projection", _Linear),
         ("blocks", ctypes.POINTER(_Block)),
         ("norm", _Norm),
         ("dense", _Linear),
@@ -86,8 +92,6 @@ class Linear:
 
 @dataclass(frozen=True)
 class Block:
-    """One pre-norm block."""
-
     norm1: Norm
     norm2: Norm
     qkv: Linear
@@ -98,15 +102,23 @@ class Block:
 
 @dataclass(frozen=True)
 class Weights:
-    """All that a classifier computes with; float32, on the CPU."""
+    """All that a classifier computes with; float32, on the CPU. None: the model has no such part.
+
+    first_row: the head reads a text's first row, not the mean of its rows.
+    """
 
     heads: int
     gelu: bool
+    post_norm: bool
+    first_row: bool
+    head_activation: str
     embedding_scale: float
-    embedding: Tensor  # (vocabulary, d)
-    positions: Tensor  # (longest text, d)
+    embedding: Tensor  # (vocabulary, e)
+    positions: Tensor  # (longest text, e)
+    embedding_norm: Norm | None
+    projection: Linear | None  # (d, e)
     blocks: Sequence[Block]
-    norm: Norm
+    norm: Norm | None  # after pre-norm blocks
     dense: Linear
     classify: Linear
 
@@ -178,24 +190,27 @@ def _described(weights: Weights) -> tuple[_Weights, list[Tensor]]:
         kept.append(x)
         return x.data_ptr()
 
-    def norm(n: Norm) -> _Norm:
-        return _Norm(address(n.gamma), address(n.beta), n.eps)
+    def norm(n: Norm | None) -> _Norm:
+        return _Norm() if n is None else _Norm(address(n.gamma), address(n.beta), n.eps)
 
-    def linear(layer: Linear) -> _Linear:
-        return _Linear(address(layer.weight), address(layer.bias))
+    def linear(layer: Linear | None) -> _Linear:
+        return _Linear() if layer is None else _Linear(address(layer.weight), address(layer.bias))
 
     blocks = (_Block * max(1, len(weights.blocks)))()
     for to, b in zip(blocks, weights.blocks, strict=False):
         to.norm1, to.norm2 = norm(b.norm1), norm(b.norm2)
         to.qkv, to.out = linear(b.qkv), linear(b.out)
         to.up, to.down = linear(b.up), linear(b.down)
-    vocabulary, d_model = weights.embedding.shape
+    vocabulary, width = weights.embedding.shape
+    d_model = weights.dense.weight.shape[0]
     d_ff = weights.blocks[0].up.weight.shape[0] if weights.blocks else 1
     places, classes = weights.positions.shape[0], weights.classify.weight.shape[0]
     described = _Weights(
-        d_model, weights.heads, d_ff, len(weights.blocks), vocabulary, places, classes,
-        weights.gelu, weights.embedding_scale, address(weights.embedding),
-        address(weights.positions), blocks, norm(weights.norm), linear(weights.dense),
+        d_model, width, weights.heads, d_ff, len(weights.blocks), vocabulary, places, classes,
+        weights.gelu, weights.post_norm, weights.first_row,
+        HEAD_ACTIVATIONS.index(weights.head_activation), weights.embedding_scale,
+        address(weights.embedding), address(weights.positions), norm(weights.embedding_norm),
+        linear(weights.projection), blocks, norm(weights.norm), linear(weights.dense),
         linear(weights.classify),
     )  # fmt: skip
     return described, kept

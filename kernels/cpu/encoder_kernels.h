@@ -22,18 +22,26 @@ struct LinearWeights {
   const float *weight, *bias;  // bias may be null
 };
 
-// A block is pre-norm: h += out(attention(qkv(norm1(h)))), then h += down(act(up(norm2(h)))).
+// A pre-norm block: h += out(attention(qkv(norm1(h)))), then h += down(act(up(norm2(h)))).
+// A post-norm block: h = norm1(h + out(attention(qkv(h)))), then h = norm2(h + down(act(up(h)))).
 struct BlockWeights {
   NormWeights norm1, norm2;
   LinearWeights qkv, out, up, down;
 };
 
-// embedding (vocabulary, d) and positions (places, d) are read where they lie; all else is copied.
+enum class HeadActivation : int32_t { GELU = 0, TANH = 1, RELU = 2 };
+
+// embedding (vocabulary, e) and positions (places, e) are read where they lie; all else is copied.
+// What a model lacks has null weights: embedding_norm, projection (d, e), and with post-norm blocks norm.
+// first_row: the head reads a text's first row, not the mean of its rows.
 struct EncoderWeights {
-  int64_t d_model, heads, d_ff, layers, vocabulary, places, classes;
-  int32_t gelu;
+  int64_t d_model, embedding_width, heads, d_ff, layers, vocabulary, places, classes;
+  int32_t gelu, post_norm, first_row;
+  HeadActivation head_activation;
   float embedding_scale;
   const float *embedding, *positions;
+  NormWeights embedding_norm;
+  LinearWeights projection;
   const BlockWeights* blocks;
   NormWeights norm;
   LinearWeights dense, classify;

@@ -284,6 +284,13 @@ INLINE F log(F x) {
   return __builtin_convertvector(e, F) * LN2 + p * t;
 }
 
+// From e^(-2 |x|), which does not overflow.
+INLINE F tanh(F x) {
+  F e = exp2((F)((I)x & 0x7FFFFFFF) * (-2 * LOG2E));
+  F y = (1.0f - e) / (1.0f + e);
+  return select(x < 0.0f, -y, y) + (x - x);  // NaN stays
+}
+
 // The normal distribution's Phi(x) and phi(x). erf by Abramowitz and Stegun 7.1.26, error 1.5e-7.
 INLINE void normal(F x, F& cdf, F& pdf) {
   F z = (F)((I)x & 0x7FFFFFFF) * 0.70710678118654752f;

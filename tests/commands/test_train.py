@@ -363,9 +363,9 @@ def test_torch_compile_flag(reviews: Path, tmp_path: Path) -> None:
         (["--recipe", "seed"], "demo", "demo"),  # auto had to fall back, and so does its recipe
         (["--recipe", "seed", "--dataset", "demo"], "demo", "seed"),  # asked for
         (["--dataset", "demo"], "demo", "demo"),
-        (["--init-from", "runs/words"], "imdb", "finetune"),
-        (["--init-from", "runs/words"], "demo", "demo"),
-        (["--init-from", "runs/words", "--recipe", "seed"], "imdb", "seed"),
+        (["--init-from", "/runs/words"], "imdb", "finetune"),
+        (["--init-from", "/runs/words"], "demo", "demo"),
+        (["--init-from", "/runs/words", "--recipe", "seed"], "imdb", "seed"),
     ],
 )
 def test_the_recipe_fits_the_dataset(arguments: list[str], source: str, recipe: str) -> None:

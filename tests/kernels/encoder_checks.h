@@ -36,7 +36,7 @@ struct RandomWeights {
       b.up = linear(s.d_ff, s.d), b.down = linear(s.d, s.d_ff);
       blocks.push_back(b);
     }
-    all.d_model = s.d, all.heads = s.heads, all.d_ff = s.d_ff, all.layers = s.layers;
+    all.d_model = s.d, all.embedding_width = s.d, all.heads = s.heads, all.d_ff = s.d_ff, all.layers = s.layers;
     all.vocabulary = words, all.places = places, all.classes = s.classes, all.gelu = s.gelu;
     all.embedding_scale = 2;
     all.embedding = tensor(words * s.d, 0.5f), all.positions = tensor(places * s.d, 0.5f);

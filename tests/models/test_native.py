@@ -19,6 +19,7 @@ from fasttx.models.classifier import TransformerClassifier
 from fasttx.native import NativeClassifier
 from fasttx.ops.registry import BACKENDS
 from fasttx.text.packing import RaggedIds
+from tests.models.test_choices import BERT
 
 if BACKENDS["cpu"].unavailable_reasons("cpu", torch.float32, 32):
     pytest.skip("the C++ library was not built", allow_module_level=True)
@@ -35,6 +36,18 @@ CONFIGS: list[dict[str, Any]] = [
     {"d_model": 130, "num_heads": 2, "d_ff": 100, "num_classes": 17},
     {"d_model": 128, "num_heads": 1, "d_ff": 64},
     {"d_model": 64, "num_heads": 4, "d_ff": 512, "num_layers": 0},
+    BERT | {"d_model": 36, "num_heads": 3, "d_ff": 70, "num_layers": 2},
+    BERT | {"d_model": 34, "num_heads": 2, "d_ff": 65, "embedding_size": 50, "pooling": "mean"},
+    BERT
+    | {
+        "d_model": 64,
+        "num_heads": 2,
+        "d_ff": 64,
+        "embedding_size": 9,
+        "head_activation": "relu",
+        "num_layers": 2,
+    },
+    {"d_model": 16, "num_heads": 2, "d_ff": 8, "positions": "learned", "pooling": "cls"},
 ]
 
 
