@@ -45,7 +45,7 @@ test: $(VENV)/.dev
 
 # All cases on both targets, each under a schedule of its own; then what must be seen if it is broken.
 ptx: $(VENV)/.dev
-	FASTTX_PTX=all FASTTX_PTX_SEED=each $(QUIET_THREADS) $(PY) -m pytest -n $(WORKERS) -k 'sm_80 or sm_90 or ptx' $(ARGS)
+	FASTTX_PTX=all FASTTX_PTX_SEED=each $(QUIET_THREADS) $(PY) -m pytest -n $(WORKERS) -k 'sm_80 or sm_90 or ptx or test_triton' $(ARGS)
 	$(QUIET_THREADS) $(PY) -m tests.ptx.mutations --target sm_80
 	$(QUIET_THREADS) $(PY) -m tests.ptx.mutations --target sm_90
 

@@ -61,9 +61,8 @@ class _Item:
     index: int
     characters: int
     ids: RaggedIds | None = None
-    owner: np.ndarray | None = None
-    read: int = 0
-    whole: int = 0
+    read: int = 0  # tokens, special ones among them
+    is_cut: bool = False
     waited: float = field(default=0.0)
 
 
@@ -204,12 +203,13 @@ class Batcher:
             return False
         try:
             ids = self.classifier.tokenizer.encode_batch([decoded(request.texts[item.index])])
-            item.ids, item.owner = self.classifier.read(ids)
+            item.ids, _ = self.classifier.read(ids)
+            item.is_cut = len(self.classifier.cut(ids).values) < len(ids.values)
         except Exception:
             log.exception("model %s: a text could not be tokenized", self.name)
             self._fail([request], _FAILURE)
             return False
-        item.read, item.whole = int(item.ids.lengths.sum()), len(ids.values)
+        item.read = int(item.ids.lengths.sum())
         return True
 
     def _compute(self, batch: list[_Item]) -> None:
@@ -241,7 +241,7 @@ class Batcher:
         rows = mean_of_windows(logits, np.concatenate(owners)).double()
         finite = rows.isfinite().all(-1).tolist()
         return [
-            Answer(p, item.read, item.read < item.whole, item.waited, texts) if is_finite else None
+            Answer(p, item.read, item.is_cut, item.waited, texts) if is_finite else None
             for item, p, is_finite in zip(batch, rows.softmax(-1).tolist(), finite, strict=True)
         ]
 
@@ -252,7 +252,7 @@ class Batcher:
         metrics.batch_texts.labels(name).observe(len(batch))
         metrics.batch_seconds.labels(name).observe(seconds)
         metrics.queue_seconds.labels(name).observe(max(item.waited for item in batch))
-        if cut := sum(item.read < item.whole for item in batch):
+        if cut := sum(item.is_cut for item in batch):
             metrics.truncated.labels(name).inc(cut)
 
     def _fail(self, requests: Sequence[_Request], error: Refused) -> None:

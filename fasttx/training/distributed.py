@@ -21,7 +21,6 @@ class Processes:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    control: Any = None  # a gloo group for small CPU messages beside the gradients
 
     @property
     def main(self) -> bool:
@@ -41,14 +40,14 @@ class Processes:
         """The sum over all processes, on the CPU."""
         total = tensor.detach().to("cpu", copy=True)
         if self.world > 1:
-            dist.all_reduce(total, group=self.control)
+            dist.all_reduce(total)
         return total
 
     def least(self, value: int) -> int:
         """The least value of any process."""
         least = torch.tensor(value)
         if self.world > 1:
-            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.control)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
         return int(least)
 
     def any(self, flag: bool) -> bool:
@@ -60,12 +59,12 @@ class Processes:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier(group=self.control)
+            self.sum(torch.zeros(()))
 
 
 # What torchrun sets beside WORLD_SIZE.
@@ -92,15 +91,16 @@ def start() -> Processes:
     local_rank = _count("LOCAL_RANK", 0, world - 1)
     _count("MASTER_PORT", 0, 65535)
     try:
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-        control = dist.new_group(backend="gloo")
+        # Gloo for CPU tensors, NCCL for CUDA's. Not a group more: after a restart by torchrun its
+        # members look for one another where the former ones were (torch 2.13).
+        dist.init_process_group()
     except (RuntimeError, ValueError) as error:  # torch's DistError and its kin among them
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
             f"the {world} processes that WORLD_SIZE promises do not meet at {where} (MASTER_ADDR, "
             f"MASTER_PORT): {str(error).strip().splitlines()[0]}. Start them with torchrun"
         ) from error
-    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, control)
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank)
 
 
 def restarted() -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from fasttx.text.packing import RaggedIds
 from fasttx.text.reading import read
+from fasttx.text.tokenizer import SpecialTokens
 from tests.serving import services  # noqa: F401 - skips where the packages are missing
 
 from fasttx.serving.batching import Batcher  # isort: skip
@@ -38,7 +39,10 @@ class Model:
         )
 
     def read(self, ids: RaggedIds) -> tuple[RaggedIds, np.ndarray | None]:
-        return read(ids, self.max_len, "head", self.long_texts)
+        return read(ids, self.max_len, "head", self.long_texts, SpecialTokens())
+
+    def cut(self, ids: RaggedIds) -> RaggedIds:
+        return self.read(ids)[0]
 
     def window_logits(self, ids: RaggedIds) -> torch.Tensor:
         self.batches.append(ids.lengths.tolist())
