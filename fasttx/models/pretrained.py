@@ -186,7 +186,8 @@ def read_folder(folder: Path) -> Pretrained:
         because = f": {reason}" if reason else ""
         raise ConfigError(
             f"{folder} holds a model of the type {kind!r}, which is not converted{because}. "
-            f"Expected one of {', '.join(FAMILIES)}; others can be trained with transformers itself"
+            f"Expected one of {', '.join(FAMILIES)}. Some others can have fasttx' attention where "
+            "they are: import fasttx.hf"
         )
     family = FAMILIES[kind]
     names = values.get("id2label") or {}
