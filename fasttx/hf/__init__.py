@@ -16,9 +16,25 @@ except ImportError as error:
         f"fasttx.hf needs transformers ({error}): pip install 'fasttx[hf]'"
     ) from error
 
-from fasttx.hf import attention
+from fasttx.hf import attention, model
 from fasttx.hf.accelerate import Replaced, accelerate
+from fasttx.hf.model import (
+    FasttxConfig,
+    FasttxForSequenceClassification,
+    PackingCollator,
+    from_run,
+    save_run,
+)
 
-__all__ = ["Replaced", "accelerate"]
+__all__ = [
+    "FasttxConfig",
+    "FasttxForSequenceClassification",
+    "PackingCollator",
+    "Replaced",
+    "accelerate",
+    "from_run",
+    "save_run",
+]
 
 attention.register()
+model.register()

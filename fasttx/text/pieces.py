@@ -71,6 +71,8 @@ class PieceTokenizer:
         at = next((i for i in range(len(framed)) if framed[i : i + len(some)] == some), len(framed))
         before, after = framed[:at], framed[at + len(some) :]
         self._unknown = number
+        self.pad_token = next(c for c, i in special.items() if i == found["pad"])
+        self.unk_token = self.id_to_token(number)
         reserved = sorted({*special.values(), number})
         return SpecialTokens(
             found.get("mask", number), tuple(before), tuple(after), tuple(reserved), 0

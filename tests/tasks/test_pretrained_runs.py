@@ -240,3 +240,21 @@ def test_framed_sequences() -> None:
     assert ids.framed((), ()) is ids
     part = RaggedIds(ids.values, np.array([1, 2, 3]))
     assert part.framed((9,), ())[1].tolist() == [9, 7]
+
+
+def test_it_is_a_model_of_transformers(place: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import fasttx.hf
+
+    folder = fasttx.hf.save_run(place / "run", tmp_path / "saved")
+    ours = fasttx.load(place / "run", device="cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [*TEXTS, "", "a [SEP] film", "[PAD] [MASK]"]
+    for text in texts:
+        short = " ".join(text.split()[:2])
+        assert tokenizer(short)["input_ids"] == ours.encode([short])[0].tolist()
+    classify = transformers.pipeline("text-classification", str(folder), truncation=True)
+    shorter = [" ".join(text.split()[:2]) for text in texts]
+    for found, wanted in zip(classify(shorter), ours.predict(shorter), strict=True):
+        assert found["label"] == wanted.label
+        assert found["score"] == pytest.approx(wanted.probability, abs=1e-5)
