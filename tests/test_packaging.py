@@ -179,7 +179,11 @@ def test_wheel_carries_the_library_and_nothing_else(
         names = set(archive.namelist())
     info = next(n for n in names if n.endswith(".dist-info/METADATA")).split("/")[0]
     assert {n.split("/")[0] for n in names} == {"fasttx", info}  # no `kernels`, no `tests`
-    sources = {p.relative_to(checkout).as_posix() for p in checkout.glob("fasttx/**/*.py")}
+    sources = {
+        p.relative_to(checkout).as_posix()
+        for kind in ("py", "html")
+        for p in checkout.glob(f"fasttx/**/*.{kind}")
+    }
     for folder in (checkout / "kernels").glob("*/"):
         files = (f for f in folder.iterdir() if f.suffix in {".py", ".metal", ".cpp", ".h"})
         sources |= {f"fasttx/kernels/{folder.name}/{f.name}" for f in files}

@@ -157,6 +157,13 @@ class Server(uvicorn.Server):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # Who reads this line may send requests, and signals.
+        where = _address(sockets[0]) if sockets else ""
+        terminal.say(f"serving {', '.join(self.service.models)} on http://{where}")
+        terminal.flush_output()
+
     def stop(self, number: int) -> None:
         if self.received is not None:
             os._exit(128 + number)
@@ -203,8 +210,6 @@ def run_one(settings: Settings, sock: socket.socket) -> int:
     models = [ServedModel(source, settings.limits, metrics) for source in settings.sources]
     service = Service(models, settings.limits, metrics, requests)
     server = Server(service, settings)
-    terminal.say(f"serving {', '.join(service.models)} on http://{_address(sock)}")
-    terminal.flush_output()
     server.run(sockets=[sock])
     service.close()
     return 0 if server.received in (None, signal.SIGTERM) else 128 + server.received

@@ -58,7 +58,7 @@ def to_resume(resume: Path | None, out: Path | None, processes: Processes) -> Pa
     if out is None:
         raise ConfigError(
             "torchrun has started this training again and cannot tell which run it was; expected "
-            "--out DIR beside --max-restarts"
+            "--out DIR where it may restart"
         )
     return processes.from_main(out if RunFolder(out).config.exists() else None)
 

@@ -118,11 +118,11 @@ def test_killed_and_resumed(
 
     fit = Trainer.fit
 
-    def stopped(self: Trainer, on_batch, on_epoch) -> Progress:
+    def stopped(self: Trainer, on_batch, *others) -> Progress:
         def stop(progress: Progress, samples: int) -> None:
             self._stop = progress.step == 5  # in the second epoch of four steps
 
-        return fit(self, stop, on_epoch)
+        return fit(self, stop, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "fit", stopped)
