@@ -15,7 +15,7 @@ from fasttx.serving.limits import Limits
 
 def _serve(args: argparse.Namespace) -> int:
     try:
-        from fasttx.serving import server
+        from fasttx.serving import app, server  # noqa: F401 - each needs packages of its own
     except ImportError as error:
         raise ConfigError(
             f"fasttx serve needs {error.name}: pip install 'fasttx[serve]'"

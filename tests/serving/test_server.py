@@ -174,12 +174,15 @@ def test_starts_that_cannot_be(tmp_path, capsys):
     assert "No such file" in refused(str(RUN), "--port", "0", "--log-file", str(tmp_path / "a/b"))
 
 
-def test_without_its_packages_it_says_what_to_install(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("module", "package"), [("server", "uvicorn"), ("app", "starlette.applications")]
+)
+def test_without_its_packages_it_says_what_to_install(monkeypatch, capsys, module, package):
     import fasttx.serving
     from fasttx.commands import cli
 
-    monkeypatch.delattr(fasttx.serving, "server", raising=False)
-    monkeypatch.delitem(sys.modules, "fasttx.serving.server", raising=False)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delattr(fasttx.serving, module, raising=False)
+    monkeypatch.delitem(sys.modules, f"fasttx.serving.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
     assert cli.main(["serve", str(RUN)]) == 2
     assert "pip install 'fasttx[serve]'" in capsys.readouterr().err
