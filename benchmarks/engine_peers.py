@@ -51,7 +51,7 @@ class _Engine(Peer):
         with torch.no_grad():
             self.answer = self.start(padded)
 
-    def start(self, model: PaddedSdpa) -> Answer:
+    def start(self, model: Any) -> Answer:
         raise NotImplementedError
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -133,11 +133,12 @@ class OnnxRuntime(_Engine):
     """Attention and residual + LayerNorm are fused operators."""
 
     packages = ("onnx", "onnxruntime")
+    fused = staticmethod(onnx_model)
 
-    def graph(self, model: PaddedSdpa) -> bytes:
-        return onnx_model(model).SerializeToString()
+    def graph(self, model: Any) -> bytes:
+        return self.fused(model).SerializeToString()
 
-    def start(self, model: PaddedSdpa) -> Answer:
+    def start(self, model: Any) -> Answer:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -160,11 +161,11 @@ class OnnxRuntimeInt8(OnnxRuntime):
     precision = "int8"
     tolerance = 0.1
 
-    def graph(self, model: PaddedSdpa) -> bytes:
+    def graph(self, model: Any) -> bytes:
         from onnx import TensorProto, helper
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        graph = onnx_model(model)
+        graph = self.fused(model)
         helper.set_model_props(graph, {"onnx.quant.pre_process": "onnxruntime.quant"})  # fused
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
@@ -188,7 +189,7 @@ class OpenVino(_Engine):
     packages = ("openvino",)
     hint = "f32"
 
-    def start(self, model: PaddedSdpa) -> Answer:
+    def start(self, model: Any) -> Answer:
         import openvino
 
         example = torch.ones(2, 3, dtype=torch.int64)

@@ -26,6 +26,7 @@ import attention_level
 import latency_level
 import model_level
 import operation_level
+import pretrained_level
 import text_level
 import torch
 from contest import Contest, Contestant, Unavailable
@@ -34,7 +35,7 @@ from workload import DTYPES, SIZES, Setting
 
 from fasttx import device as devices
 from fasttx.config import ModelConfig
-from fasttx.errors import ConfigError, DeviceError
+from fasttx.errors import FasttxError
 
 
 def timed(step: Callable[[int], object], i: int, device: torch.device) -> float:
@@ -155,10 +156,16 @@ def enter_all(contest: Contest, names: list[str]) -> dict[str, Contestant]:
     return entered
 
 
-LEVELS = ("step", "attention", "inference", "text", *latency_level.NAMES, *operation_level.TIMED)
+PRETRAINED = ("finetune", "classify")
+LEVELS = (
+    "step", "attention", "inference", "text", *PRETRAINED, *latency_level.NAMES,
+    *operation_level.TIMED,
+)  # fmt: skip
 
 
-def contests(level: str, setting: Setting, batch_size: int) -> Iterable[Contest]:
+def contests(
+    level: str, setting: Setting, batch_size: int, pretrained: str | None
+) -> Iterable[Contest]:
     """The contests of a level, one after another."""
     if level == "step":
         yield model_level.training(setting, batch_size)
@@ -166,6 +173,8 @@ def contests(level: str, setting: Setting, batch_size: int) -> Iterable[Contest]
         yield model_level.bulk(setting, batch_size)
     elif level == "text":
         yield text_level.bulk(setting, batch_size)
+    elif pretrained is not None:
+        yield pretrained_level.contest(level, setting, pretrained, batch_size)
     elif level == "attention":
         for p in (0.1, 0.0):
             yield attention_level.on_reviews(setting, batch_size, p=p)
@@ -187,7 +196,7 @@ def check_names(names: list[str], known: Iterable[str]) -> None:
 def in_turn(setting: Setting, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Time and print the contests of a level; what a file of them holds."""
     records = []
-    for contest in contests(arguments.level, setting, arguments.batch_size):
+    for contest in contests(arguments.level, setting, arguments.batch_size, arguments.pretrained):
         check_names(arguments.contestants, contest.entrants)
         entered = enter_all(contest, arguments.contestants)
         if not entered:
@@ -232,6 +241,11 @@ def main() -> None:
             "--" + name.replace("_", "-"), type=int, metavar="N",
             default=getattr(ModelConfig(), name), help="of the models (default: %(default)s)",
         )  # fmt: skip
+    parser.add_argument(
+        "--pretrained",
+        metavar="FOLDER",
+        help="of Hugging Face's, for finetune and classify: sizes too",
+    )
     parser.add_argument("--contestants", nargs="*", default=[], help="default: all that run here")
     parser.add_argument(
         "--words", action="store_true", help="count white-space words: shorter, no punctuation"
@@ -241,6 +255,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     take_allocator(arguments.allocator)
+    if (arguments.level in PRETRAINED) != (arguments.pretrained is not None):
+        parser.error(f"--pretrained FOLDER belongs to --level {' and '.join(PRETRAINED)}")
     if arguments.rounds is not None and arguments.rounds < 2:
         parser.error(f"--rounds is {arguments.rounds}; expected at least 2, to have a spread")
     torch.set_num_threads(arguments.threads)
@@ -248,7 +264,9 @@ def main() -> None:
         device = devices.pick(arguments.device)
         devices.set_precision(device, arguments.precision)
         config = ModelConfig(**{name: getattr(arguments, name) for name in SIZES})
-    except (DeviceError, ConfigError) as error:
+        if arguments.pretrained is not None:
+            config = pretrained_level.config_of(arguments.pretrained, config.max_len)
+    except FasttxError as error:
         parser.error(str(error))
     setting = Setting(
         device, arguments.data, config, arguments.precision, words=arguments.words
