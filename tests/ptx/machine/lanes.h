@@ -32,6 +32,8 @@ inline u32 bits_of(f32 x) {
   return bits;
 }
 
+inline f32 canonical(f32 x) { return x != x ? as_f32(0x7FFFFFFFu) : x; }
+
 // Value of d, types of d, a, b, c.
 #define ONE(name, D, A, value) \
   { typedef Lanewise<decltype([](A a) -> D { return D(value); }), D, A> O; t.push_back({name, O::signature(), O::run}); }

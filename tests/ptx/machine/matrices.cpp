@@ -61,7 +61,7 @@ template <int K> static void multiply(Warp& w, const Instruction& i, const doubl
   for (int row = 0; row < 16; row++)
     for (int k = 0; k < K; k++)
       for (int column = 0; column < 8; column++) sums[row][column] += a[row][k] * b[k][column];
-  each_element([&](u32 lane, int e, double& sum) { w.at<f32>(i.r[e])[lane] = f32(sum); });
+  each_element([&](u32 lane, int e, double& sum) { w.at<f32>(i.r[e])[lane] = canonical(f32(sum)); });
 }
 
 template <class T> static void mma_m16n8k16(Warp& w, const Instruction& i, u32 mask) {  // r: d 4, a 4, b 2, c 4

@@ -94,7 +94,7 @@ template <class T, int N> static void wgmma(Warp& w, const Instruction& i, u32 m
   for (int e = 0; e < N / 2; e++) {
     Pending& p = w.pending[accumulators[e]];
     p.group = w.products;
-    each_element(e, [&](u32 lane, double& sum) { p.value[lane] = bits_of(f32(sum)); });
+    each_element(e, [&](u32 lane, double& sum) { p.value[lane] = bits_of(canonical(f32(sum))); });
     std::fill_n(w.at<u32>(accumulators[e]), LANES, 0x7FFFFFFFu);
   }
 }
