@@ -66,6 +66,15 @@ class _Item:
     waited: float = field(default=0.0)
 
 
+def most_tokens(device: torch.device) -> int:
+    """Tokens of a batch that no larger one would be computed faster than, a token.
+
+    On a CPU the time of a batch grows with its tokens from about 64 a thread on; what a larger one
+    adds is the wait for it. An accelerator has to be filled.
+    """
+    return 128 * torch.get_num_threads() if device.type == "cpu" else 4096
+
+
 class Batcher:
     """The queue of one model and the thread that empties it. `classifier` may be exchanged."""
 
@@ -148,13 +157,14 @@ class Batcher:
         """The texts to compute next; empty at the end."""
         batch: list[_Item] = []
         tokens, closing = 0, None
-        while tokens < self.limits.batch_tokens:
+        most = self.limits.batch_tokens or most_tokens(self.classifier.device)
+        while tokens < most:
             item = self._next_item(closing)
             if item is None:
                 break
             if not self._tokenize(item):
                 continue
-            if batch and tokens + item.read > self.limits.batch_tokens:
+            if batch and tokens + item.read > most:
                 self._held = item
                 break
             batch.append(item)

@@ -13,7 +13,11 @@ from fasttx.errors import ConfigError
 class Limits:
     """Raises ConfigError for a limit that nothing could keep."""
 
-    batch_tokens: int = setting(4096, "tokens in one batch", group="batching")
+    batch_tokens: int | None = setting(
+        None,
+        "tokens in one batch (default: on a CPU 128 a thread, elsewhere 4,096)",
+        group="batching",
+    )
     batch_wait_ms: float = setting(
         2.0, "how long a text waits for others, while texts arrive this fast", group="batching"
     )
@@ -32,7 +36,9 @@ class Limits:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            least = 0 if f.name == "batch_wait_ms" else 1 if isinstance(f.default, int) else 1e-3
+            if value is None and f.default is None:
+                continue
+            least = 0 if f.name == "batch_wait_ms" else 1e-3 if isinstance(f.default, float) else 1
             if not (least <= value < math.inf):
                 raise ConfigError(f"{f.name} is {value!r}; expected at least {least:g}")
 

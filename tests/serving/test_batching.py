@@ -17,7 +17,8 @@ from fasttx.text.reading import read
 from fasttx.text.tokenizer import SpecialTokens
 from tests.serving import services  # noqa: F401 - skips where the packages are missing
 
-from fasttx.serving.batching import Batcher  # isort: skip
+from fasttx.serving import batching  # isort: skip
+from fasttx.serving.batching import Batcher
 from fasttx.serving.limits import Limits, Refused
 from fasttx.serving.metrics import Metrics
 
@@ -26,6 +27,7 @@ class Model:
     """A text is as many ids as it has words: their numbers. Its logits are their sum and 0."""
 
     max_len = 8
+    device = torch.device("cpu")
 
     def __init__(self, long_texts: str = "cut") -> None:
         self.long_texts = long_texts
@@ -146,6 +148,20 @@ def test_a_batch_holds_so_many_tokens():
     answers = run(model, work, batch_tokens=7)
     assert margins(answers) == pytest.approx([3] * 5 + [7])
     assert model.batches == [[3, 3], [3, 3], [3], [7]]
+
+
+def test_a_batch_on_a_cpu_holds_what_its_threads_compute_at_once(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert batching.most_tokens(torch.device("cpu")) == 384
+    assert batching.most_tokens(torch.device("meta")) == 4096
+    monkeypatch.setattr(batching, "most_tokens", lambda device: 7)
+    model = Model()
+
+    async def work(batcher):
+        return await batcher.submit(["1 1 1", "2 2 2", "3 3"])
+
+    run(model, work)
+    assert model.batches == [[3, 3], [2]]
 
 
 def test_long_texts_are_cut_or_read_in_windows():
