@@ -104,7 +104,7 @@ def interpreted(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 # What the interpreter does, the PTX machine does with what the compiler made of it. So the ordinary
-# run has a part of the interpreter's.
+# run has of the interpreter's that it works.
 in_full = pytest.mark.skipif(os.environ.get("FASTTX_PTX") != "all", reason="make ptx runs it")
 
 IN = "triton-cpu"
@@ -117,12 +117,31 @@ ONE = "test_isolation and test_rows and 0.3 and nan"
 @pytest.mark.parametrize(
     ("files", "chosen", "least"),
     [
-        ("ops/test_attention.py", "triton-cpu and test_float32", 45),
+        ("ops/test_attention.py", "test_float32 and triton-cpu and gaps", 2),
+        pytest.param("ops/test_attention.py", "triton-cpu and test_float32", 45, marks=in_full),
         pytest.param("ops/test_attention.py", "triton-cpu and not test_float32", 35, marks=in_full),
-        (f"{ROWS} models/test_isolation.py", f"{IN} and not test_isolation or {IN} and {ONE}", 55),
-        (f"{RULES} kernels/test_triton_kernels.py", f"{IN} and not bfloat16 or triton_", 37),
+        (ROWS, f"{IN} and 7x20", 4),
+        pytest.param(
+            f"{ROWS} models/test_isolation.py",
+            f"{IN} and not test_isolation or {IN} and {ONE}",
+            55,
+            marks=in_full,
+        ),
+        pytest.param(
+            f"{RULES} kernels/test_triton_kernels.py",
+            f"{IN} and not bfloat16 or triton_",
+            37,
+            marks=in_full,
+        ),
     ],
-    ids=["attention in float32", "attention otherwise", "row operations", "the rest"],
+    ids=[
+        "some attention",
+        "attention in float32",
+        "attention otherwise",
+        "some row operations",
+        "row operations",
+        "the rest",
+    ],
 )
 def test_interpreted(files, chosen, least):
     """The tests of every backend over Triton's kernels, and what is particular to these.
@@ -172,17 +191,27 @@ def test_a_wrong_kernel_is_seen(tmp_path, mutation):
 # ----------------------------------------------------------------------------------- compiled
 
 
-def _configurations() -> list[object]:
+def _compiled() -> list[object]:
+    """The default model's configurations. For AMD the ordinary run has its main ones."""
     if INTERPRETED or importlib.util.find_spec("triton") is None:
         return []
     from fasttx.kernels.triton import aot
 
-    return list(aot.default_model())
+    found: list[object] = []
+    for configuration in aot.default_model():
+        name = str(configuration)
+        others = "attention" in name and not re.search("bf16 D=32 .*256 dropout whole", name)
+        found += [
+            pytest.param(configuration, "sm_90", id=f"{name}-sm_90"),
+            pytest.param(
+                configuration, "gfx942", id=f"{name}-gfx942", marks=[in_full] if others else []
+            ),
+        ]
+    return found
 
 
 @needs_triton
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("configuration", _configurations(), ids=str)
+@pytest.mark.parametrize(("configuration", "target"), _compiled())
 def test_compiles(configuration, target, tmp_path, monkeypatch):
     """Within the chip's shared memory, without spills where none are promised, without atomics."""
     from fasttx.kernels.triton import aot
