@@ -1,7 +1,8 @@
 """A run as a function from a batch of columns to the same batch with its predictions.
 
 dataset.map(Scorer("runs/full"), batched=True)                                # datasets
-dataset.map_batches(Scorer, fn_constructor_args=("runs/full",), concurrency=2)  # Ray Data
+dataset.map_batches(Scorer, fn_constructor_args=("runs/full",),
+                    compute=ray.data.ActorPoolStrategy(size=2))               # Ray Data
 """
 
 from __future__ import annotations

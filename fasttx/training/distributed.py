@@ -98,9 +98,18 @@ def start() -> Processes:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
             f"the {world} processes that WORLD_SIZE promises do not meet at {where} (MASTER_ADDR, "
-            f"MASTER_PORT): {str(error).strip().splitlines()[0]}. Start them with torchrun"
+            f"MASTER_PORT): {str(error).strip().splitlines()[0]}. Start them with torchrun{_hint()}"
         ) from error
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank)
+
+
+def _hint() -> str:
+    """Agents that restart share one store, whose keys bear each agent's own count of restarts: a
+    process of one agent finds addresses of the last round there (torch 2.13)."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return ""
+    return ", on each host with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
 
 
 def restarted() -> bool:

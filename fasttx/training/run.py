@@ -53,7 +53,8 @@ def session(*, quiet: bool = False) -> Iterator[Processes]:
 def to_resume(resume: Path | None, out: Path | None, processes: Processes) -> Path | None:
     """The run to go on with: `resume`; or, once torchrun has started a training again, the one that
     it had begun in `out`. Raises ConfigError where that has no name."""
-    if resume or not distributed.restarted():
+    # Of several agents, only those count a restart whose own process died.
+    if resume or not processes.any(distributed.restarted()):
         return resume
     if out is None:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fasttx.errors import ConfigError
+from fasttx.training import distributed
 from fasttx.training import run as runs
 from fasttx.training.distributed import Processes
 
@@ -21,3 +22,36 @@ def test_which_run_a_restart_goes_on_with(tmp_path, monkeypatch):
     (out / "config.json").write_text("{}")
     assert runs.to_resume(None, out, alone) == out
     assert runs.to_resume(tmp_path, out, alone) == tmp_path
+
+
+def test_one_agent_of_several_counts_the_restart(tmp_path, monkeypatch):
+    """The other one's processes were healthy, and are started again all the same."""
+
+    class OneOfTwo(Processes):
+        def any(self, flag):
+            return flag or self.other
+
+        def from_main(self, value):
+            return value
+
+    (tmp_path / "config.json").write_text("{}")
+    for other, expected in ((True, tmp_path), (False, None)):
+        processes = OneOfTwo(1, 2, 0)
+        object.__setattr__(processes, "other", other)
+        assert runs.to_resume(None, tmp_path, processes) == expected
+
+
+@pytest.mark.parametrize(("nodes", "said"), [("2", True), ("1", False)])
+def test_who_does_not_meet_hears_of_the_shared_store(monkeypatch, nodes, said):
+    def refuse():
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr(distributed.dist, "init_process_group", refuse)
+    for name, value in {
+        "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": nodes,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="do not meet at localhost:1") as refused:
+        distributed.start()
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(refused.value)) == said
