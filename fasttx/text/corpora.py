@@ -16,7 +16,8 @@ from fasttx.errors import DataError
 from fasttx.text import demo
 from fasttx.text.disk import is_file, located, reason
 from fasttx.text.folders import SPLITS, UNLABELLED_SPLITS, Corpus, folder_corpus, name_of
-from fasttx.text.tables import Rows, Table, some, table_rows, table_texts
+from fasttx.text.cells import some
+from fasttx.text.tables import Columns, Rows, Table, table_rows, table_texts
 from fasttx.text.textfiles import KINDS, file_rows, kind_of, needs
 
 ENVIRONMENT = "FASTTX_DATA"
@@ -71,7 +72,7 @@ def _unmissable(reason: str) -> tuple[str, ...]:
     return ("*" * 96, *(f"*  {line:90}  *" for line in textwrap.wrap(text, 90)), "*" * 96)
 
 
-def read_corpus(name: str, text_column: str | None, label_column: str | None) -> Corpus:
+def read_corpus(name: str, columns: Columns) -> Corpus:
     """The dataset of a resolved `name`. Raises DataError."""
     if name in demo.NAMES:
         return _demo_corpus(demo.NAMES[name])
@@ -83,7 +84,7 @@ def read_corpus(name: str, text_column: str | None, label_column: str | None) ->
                 f"IMDB could not be had: {error}. Connect to the network once, or pass the folder "
                 "of a copy (--dataset PATH), or use the built-in corpus (--dataset demo)"
             ) from error
-        return _datasets_corpus("imdb", HUB_NAME, found, text_column, label_column)
+        return _datasets_corpus("imdb", HUB_NAME, found, columns)
     path = Path(name)
     if is_file(path):
         kind = kind_of(path)
@@ -91,12 +92,12 @@ def read_corpus(name: str, text_column: str | None, label_column: str | None) ->
             raise DataError(
                 f"{path} is of an unknown kind; expected {', '.join(KINDS)}, or a folder"
             )
-        splits = {"train": lambda: file_rows([path], text_column, label_column)}
+        splits = {"train": lambda: file_rows([path], columns)}
         return Corpus(path.name[: -len(kind)] or path.name, str(path), splits)
     if is_file(path / "dataset_dict.json") or is_file(path / "state.json"):
         found = _saved_splits(path)
-        return _datasets_corpus(name_of(path), str(path), found, text_column, label_column)
-    return folder_corpus(path, text_column, label_column)
+        return _datasets_corpus(name_of(path), str(path), found, columns)
+    return folder_corpus(path, columns)
 
 
 def version(name: str) -> dict[str, Any]:
@@ -191,18 +192,18 @@ def _saved_splits(folder: Path) -> dict[str, Any]:
 
 
 def _datasets_corpus(
-    name: str, where: str, found: dict[str, Any], text_column: str | None, label_column: str | None
+    name: str, where: str, found: dict[str, Any], columns: Columns
 ) -> Corpus:
     def rows(split: str) -> Rows:
         table = _dataset_table(found[split], f"{where} ({split})")
-        return table_rows(table, text_column, label_column)
+        return table_rows(table, columns)
 
     known: dict[str, Callable[[], Rows]] = {
         SPLITS[k]: functools.partial(rows, k) for k in found if k in SPLITS
     }
     unlabelled: dict[str, Callable[[], list[str]]] = {
         f"{where} ({k})": functools.partial(
-            lambda k: table_texts(_dataset_table(found[k], f"{where} ({k})"), text_column), k
+            lambda k: table_texts(_dataset_table(found[k], f"{where} ({k})"), columns.text), k
         )
         for k in found
         if k in UNLABELLED_SPLITS
@@ -220,7 +221,8 @@ def _dataset_table(dataset: Any, where: str) -> Table:
     features = dataset.features
 
     def class_names(column: str) -> list[str] | None:
-        names = getattr(features[column], "names", None)
+        feature = getattr(features[column], "feature", features[column])  # of a list
+        names = getattr(feature, "names", None)
         return list(names) if names else None
 
     def read(column: str) -> list[Any]:
