@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttx.commands import flags
-from fasttx.config import RECIPES, ModelConfig, TrainConfig
+from fasttx.config import RECIPES, SINGLE_LABEL, ModelConfig, TrainConfig
 from fasttx.tasks.origin import find_origin, is_pretrained
 from fasttx.version import __version__
 
@@ -46,6 +46,8 @@ class TrainOptions:
         """The settings given, over those of `recipe`; an encoder to start from has its own sizes.
         Raises ConfigError, CheckpointError."""
         base = RECIPES[recipe]
+        if self.settings.get("problem_type", SINGLE_LABEL) != SINGLE_LABEL:
+            base = replace(base, label_smoothing=0.0)  # which other problems have not
         model = base.model
         if source := self.settings.get("init_from"):
             model = find_origin(source).settings(model)

@@ -14,9 +14,9 @@ from typing import Any
 
 from fasttx.errors import DataError
 from fasttx.text import demo
+from fasttx.text.cells import some
 from fasttx.text.disk import is_file, located, reason
 from fasttx.text.folders import SPLITS, UNLABELLED_SPLITS, Corpus, folder_corpus, name_of
-from fasttx.text.cells import some
 from fasttx.text.tables import Columns, Rows, Table, table_rows, table_texts
 from fasttx.text.textfiles import KINDS, file_rows, kind_of, needs
 
@@ -191,9 +191,7 @@ def _saved_splits(folder: Path) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {"train": found}
 
 
-def _datasets_corpus(
-    name: str, where: str, found: dict[str, Any], columns: Columns
-) -> Corpus:
+def _datasets_corpus(name: str, where: str, found: dict[str, Any], columns: Columns) -> Corpus:
     def rows(split: str) -> Rows:
         table = _dataset_table(found[split], f"{where} ({split})")
         return table_rows(table, columns)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from fasttx.errors import DataError
-from fasttx.text.disk import file_text
 from fasttx.text.cells import NUMBER, shown, some
+from fasttx.text.disk import file_text
 from fasttx.text.tables import Table, refuse_twice
 
 

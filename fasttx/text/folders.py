@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fasttx.errors import DataError
-from fasttx.text.disk import is_file, is_folder, listed, refuse_dangling
 from fasttx.text.cells import some
+from fasttx.text.disk import is_file, is_folder, listed, refuse_dangling
 from fasttx.text.tables import Columns, Rows
 from fasttx.text.textfiles import KINDS, file_rows, file_texts, kind_of
 from fasttx.text.trees import (

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fasttx.errors import DataError
-from fasttx.text.disk import file_text
 from fasttx.text.cells import shown, some
+from fasttx.text.disk import file_text
 from fasttx.text.tables import Table
 
 

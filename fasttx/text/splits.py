@@ -183,13 +183,14 @@ def load_texts(
     text_column: str | None = None,
     label_column: str | None = None,
     unlabelled: bool = True,
+    problem_type: str = SINGLE_LABEL,
 ) -> tuple[list[str], list[str]]:
     """The texts to pretrain on, and notes on where they come from. Raises DataError.
 
     These are train's and, if `unlabelled`, those without labels; never those of a validation or
     test split of the dataset. name: as `resolve` gives it.
     """
-    corpus = read_corpus(name, Columns(text_column, label_column))
+    corpus = read_corpus(name, Columns(text_column, label_column, problem_type))
     reads: dict[str, Callable[[], list[str]]] = {**corpus.unlabelled} if unlabelled else {}
     if train := corpus.splits.get("train"):
         reads = {f"{corpus.where} (train)": lambda: train().texts, **reads}

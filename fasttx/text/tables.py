@@ -20,6 +20,7 @@ LABEL_NAMES = (
 )  # fmt: skip
 ROW_NUMBERS = ("", "id", "idx", "index", "unnamed: 0", "__index_level_0__")
 
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The texts and labels of one split, labels as the file writes them (numerals are integers): by

@@ -78,7 +78,8 @@ class Classes(Target):
     """Any number of classes a text: (n, C) float32, 1 where the text has the class, else 0."""
 
     def numbered(self, rows: Mapping[str, Rows], name: str) -> Numbered:
-        flat = _flat(rows)
+        rows = _as_lists(dict(rows))
+        flat = {split: _flat(r) for split, r in rows.items()}
         if not flat["train"].labels:
             raise DataError(f"no text of {rows['train'].where} has a label; expected some")
         found = labels.numbered(flat, name)
@@ -91,7 +92,8 @@ class Classes(Target):
     def numbered_as_saved(
         self, rows: Rows, names: Sequence[str], numbers: Sequence[int] | None
     ) -> tuple[np.ndarray, list[str]]:
-        flat = _flat({"": rows}, names)[""]
+        rows = _as_lists({"": rows}, names)[""]
+        flat = _flat(rows)
         codes, notes = np.zeros(0, dtype=np.int64), list[str]()
         if flat.labels:
             codes, notes = labels.numbered_as_saved(flat, names, numbers)
@@ -197,26 +199,32 @@ def _column(rows: Rows) -> np.ndarray:
     return np.array(rows.labels, dtype=np.float32)[:, None]
 
 
-def _flat(rows: Mapping[str, Rows], names: Sequence[str] | None = None) -> dict[str, Rows]:
-    """The labels of all texts of a split, one after the other, as if each were a text's only one.
-
-    Lists of 0 and 1, all of one length above 1, say which labels a text has: they become the
-    numbers of these, named by the file, else by `names` where there are as many. Changes the labels
-    of `rows` likewise.
-    """
+def _as_lists(rows: dict[str, Rows], names: Sequence[str] | None = None) -> dict[str, Rows]:
+    """`rows`, or where their labels are vectors of 0 and 1, all of one length above 1, the numbers
+    of the ones: named by the file, else by `names` where there are as many, else by their place."""
     lengths = {len(found) for r in rows.values() for found in r.labels}
     values = {value for r in rows.values() for found in r.labels for value in found}
     own = next((r.label_names for r in rows.values() if r.label_names), None)
     width = max(lengths, default=0)
-    if len(lengths) == 1 and width > 1 and values <= {0, 1} and len(own or [0] * width) == width:
-        given = own or (list(names) if names and len(names) == width else list(map(str, range(width))))
-        for split, r in rows.items():
-            r.labels[:] = [tuple(i for i, flag in enumerate(found) if flag) for found in r.labels]
-            rows = {**rows, split: Rows(r.texts, r.labels, r.where, r.label_names or given)}
+    fits = own is None or len(own) == width
+    if len(lengths) != 1 or width < 2 or not values <= {0, 1} or not fits:
+        return rows
+    named = names if names is not None and len(names) == width else range(width)
+    given = own or [str(name) for name in named]
     return {
-        split: Rows([], [v for found in r.labels for v in found], r.where, r.label_names)
+        split: Rows(
+            r.texts,
+            [tuple(i for i, flag in enumerate(found) if flag) for found in r.labels],
+            r.where,
+            r.label_names or given,
+        )
         for split, r in rows.items()
     }
+
+
+def _flat(rows: Rows) -> Rows:
+    """The labels of all texts one after the other, as if each were a text's only one."""
+    return Rows([], [v for found in rows.labels for v in found], rows.where, rows.label_names)
 
 
 def _indicators(codes: np.ndarray, rows: Rows, classes: int) -> np.ndarray:

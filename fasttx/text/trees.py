@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fasttx.errors import DataError
-from fasttx.text.disk import bytes_of, is_folder, listed, refuse_dangling, utf8
 from fasttx.text.cells import CELLS, why_no_label
+from fasttx.text.disk import bytes_of, is_folder, listed, refuse_dangling, utf8
 from fasttx.text.tables import Rows, blank_note
 
 UNLABELLED = "unsup"  # of the original IMDB archive
