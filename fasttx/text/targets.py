@@ -14,6 +14,7 @@ import numpy as np
 from fasttx.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from fasttx.errors import DataError
 from fasttx.text import labels
+from fasttx.text.cells import some
 from fasttx.text.labels import Numbered
 from fasttx.text.tables import Rows
 
@@ -39,6 +40,12 @@ class Target(ABC):
     @abstractmethod
     def described(self, splits: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:
         """What config.json keeps of the labels of each split."""
+
+    def is_described(self, described: Mapping[str, Any], names: Sequence[str]) -> bool:
+        """Whether `described`, which a hand may have changed, has what was kept."""
+        counts = described.get("label_counts", {})
+        each = [split.get(name) for split in counts.values() for name in names]
+        return list(counts) == list(_SPLITS) and all(isinstance(n, int) for n in each)
 
     @abstractmethod
     def table(self, described: Mapping[str, Any]) -> str:
@@ -123,7 +130,7 @@ class Classes(Target):
         never = [name for name, n in counts["train"].items() if not n]
         always = [n for n, k in counts["train"].items() if k == described["train_samples"]]
         said = [
-            f"{what}: {labels.some(found)}"
+            f"{what}: {some(found)}"
             for what, found in (("no text of train has", never), ("every one has", always))
             if found
         ]
@@ -165,6 +172,13 @@ class Number(Target):
 
         return {"label_range": {split: of(found) for split, found in splits.items()}}
 
+    def is_described(self, described: Mapping[str, Any], names: Sequence[str]) -> bool:
+        ranges = described.get("label_range", {})
+        return list(ranges) == list(_SPLITS) and all(
+            isinstance(r, dict) and all(isinstance(x, float) for x in r.values())
+            for r in ranges.values()
+        )
+
     def table(self, described: Mapping[str, Any]) -> str:
         return "\n".join(
             f"{split:>10}: {r['min']:g} to {r['max']:g}, mean {r['mean']:.4g}, standard deviation "
@@ -188,6 +202,7 @@ TARGETS: dict[str, Target] = {
     REGRESSION: Number(),
 }
 
+_SPLITS = ("train", "validation", "test")
 _WIDE = 20.0  # standard deviations of labels beyond which a hint is shown
 
 

@@ -83,6 +83,10 @@ class Problem(ABC):
     """One kind of problem. It has no state."""
 
     measure: ClassVar[Measure]
+    metrics_class: ClassVar[type]  # one of `AnyMetrics`
+    # For a model card: what the model does; title, key and Hugging Face's name of its metrics.
+    purpose: ClassVar[str]
+    card_metrics: ClassVar[tuple[tuple[str, str, str], ...]]
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -95,6 +99,15 @@ class Problem(ABC):
     @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> Any:
         """`AnyMetrics` of logits (n, C). Raises ValueError, NotFiniteError."""
+
+    def metrics_of(self, values: Mapping[str, Any]) -> Any:
+        """The inverse of the metrics' `to_dict`."""
+        found = {k: np.array(v) if isinstance(v, list) else v for k, v in values.items()}
+        of_numbers = {
+            k: v.astype(np.float64) if isinstance(v, np.ndarray) and v.dtype == object else v
+            for k, v in found.items()
+        }
+        return self.metrics_class(**of_numbers)
 
     @abstractmethod
     def format(self, metrics: Any, names: Sequence[str]) -> str:
@@ -135,7 +148,9 @@ class Problem(ABC):
 
 
 class SingleLabel(Problem):
-    measure = ACCURACY
+    measure, metrics_class = ACCURACY, Metrics
+    purpose = "tells {labels} apart"
+    card_metrics = (("accuracy", "accuracy", "accuracy"), ("macro F1", "macro_f1", "f1"))
 
     def loss(self, logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
@@ -187,6 +202,13 @@ class MultiLabel(Problem):
     a model that gives no label, as accuracy would where labels are rare."""
 
     measure = Measure("label_accuracy", "micro_f1", "labels right", "micro F1")
+    metrics_class = MultiLabelMetrics
+    purpose = "says which of these a text has: {labels}"
+    card_metrics = (
+        ("micro F1", "micro_f1", "f1"),
+        ("macro F1", "macro_f1", "f1"),
+        ("micro average precision", "micro_average_precision", "average_precision"),
+    )
 
     def loss(self, logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         """The mean over labels, as transformers has it."""
@@ -227,6 +249,13 @@ class Regression(Problem):
     would be undefined for a model that still says one number."""
 
     measure = Measure("absolute_error", "rmse", "abs error", "RMSE", is_share=False)
+    metrics_class = RegressionMetrics
+    purpose = "fits a number to a text: {labels}"
+    card_metrics = (
+        ("RMSE", "rmse", "rmse"),
+        ("Pearson", "pearson", "pearsonr"),
+        ("Spearman", "spearman", "spearmanr"),
+    )
 
     def loss(self, logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         error = logits - labels
