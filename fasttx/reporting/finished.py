@@ -22,7 +22,7 @@ from fasttx.text.token_cache import encode_cached
 from fasttx.training import run as runs
 from fasttx.training.checkpoint import RunConfig, read_json
 from fasttx.training.folder import RunFolder, verified
-from fasttx.training.measures import Measure
+from fasttx.training.measures import ACCURACY, Measure
 from fasttx.training.predictions import Predictions
 from fasttx.training.problems import PROBLEMS
 
@@ -219,7 +219,7 @@ def _check(path: Path, where: str, values: Any, wanted: dict[str, tuple[type, ..
             )
 
 
-def _rows(path: Path, measure: Measure) -> list[dict[str, Any]]:
+def _rows(path: Path, measure: Measure = ACCURACY) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in verified(path).splitlines()]
     except (ValueError, RecursionError) as error:

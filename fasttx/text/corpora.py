@@ -41,6 +41,13 @@ def resolve(dataset: str) -> Source:
     """
     if dataset == "imdb" or dataset in demo.NAMES:
         return Source(dataset)
+    if dataset == IN_PYTHON:
+        if not _held:
+            raise DataError(
+                "it was trained on an object in Python, which is not here: go on with it by "
+                "fasttx.train(dataset, resume=...)"
+            )
+        return Source(dataset)
     if dataset != "auto":
         path = located(dataset) if dataset.strip() else None
         if path is None:
@@ -85,6 +92,11 @@ def read_corpus(name: str, columns: Columns) -> Corpus:
                 "of a copy (--dataset PATH), or use the built-in corpus (--dataset demo)"
             ) from error
         return _datasets_corpus("imdb", HUB_NAME, found, columns)
+    if name == IN_PYTHON:
+        info = getattr(next(iter(_held.values())), "info", None)
+        return _datasets_corpus(
+            getattr(info, "dataset_name", None) or "dataset", "the dataset", dict(_held), columns
+        )
     path = Path(name)
     if is_file(path):
         kind = kind_of(path)
@@ -98,6 +110,41 @@ def read_corpus(name: str, columns: Columns) -> Corpus:
         found = _saved_splits(path)
         return _datasets_corpus(name_of(path), str(path), found, columns)
     return folder_corpus(path, columns)
+
+
+# --- objects in Python ----------------------------------------------------------------------------
+
+IN_PYTHON = "a dataset in Python"  # what config.json has instead of a path
+_held: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def holding(dataset: Any) -> Iterator[str | None]:
+    """Inside, `dataset` can be read under the name that this yields: an object of `datasets` (a
+    Dataset, or a dictionary of them by split), else a name or path as it is.
+
+    Raises DataError for anything else.
+    """
+    if dataset is None or isinstance(dataset, str | os.PathLike):
+        yield None if dataset is None else os.fspath(dataset)
+        return
+    splits = dict(dataset) if isinstance(dataset, dict) else {"train": dataset}
+    for name, split in splits.items():
+        if not (
+            hasattr(split, "select_columns")
+            and hasattr(split, "features")
+            and hasattr(split, "__len__")
+        ):
+            raise DataError(
+                f"dataset {f'has the split {name!r}, which ' if len(splits) > 1 else ''}is a "
+                f"{type(split).__name__}; expected a name, a path, a datasets.Dataset, or a "
+                "DatasetDict of them"
+            )
+    _held.update(splits)
+    try:
+        yield IN_PYTHON
+    finally:
+        _held.clear()
 
 
 def version(name: str) -> dict[str, Any]:
