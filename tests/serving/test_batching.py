@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from fasttx.config import SINGLE_LABEL
 from fasttx.text.packing import RaggedIds
 from fasttx.text.reading import read
 from fasttx.text.tokenizer import SpecialTokens
+from fasttx.training.problems import PROBLEMS
 from tests.serving import services  # noqa: F401 - skips where the packages are missing
 
 from fasttx.serving.batching import Batcher  # isort: skip
@@ -26,6 +28,7 @@ class Model:
     """A text is as many ids as it has words: their numbers. Its logits are their sum and 0."""
 
     max_len = 8
+    problem = PROBLEMS[SINGLE_LABEL]
 
     def __init__(self, long_texts: str = "cut") -> None:
         self.long_texts = long_texts
