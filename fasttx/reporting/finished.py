@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class FinishedRun:
     rows: list[dict[str, Any]]  # of metrics.jsonl
     model: TextClassifier
     predictions: Predictions | None
-    texts: list[str] | None
+    texts: Sequence[str] | None
     lengths: np.ndarray | None
     notes: list[str]
 

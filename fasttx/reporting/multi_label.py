@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fasttx.reporting import attributions, explain, page, plots
@@ -71,7 +73,11 @@ def _labels(out: Pages, run: FinishedRun) -> None:
 
 
 def _mistakes(
-    out: Pages, run: FinishedRun, predictions: Predictions, texts: list[str], lengths: np.ndarray
+    out: Pages,
+    run: FinishedRun,
+    predictions: Predictions,
+    texts: Sequence[str],
+    lengths: np.ndarray,
 ) -> None:
     """The texts with the most confident wrong decision, which is explained."""
     logits, truth = predictions.logits, predictions.labels.astype(bool)

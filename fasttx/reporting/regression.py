@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fasttx.reporting import attributions, explain, page, plots
@@ -53,7 +55,11 @@ def _scatter(out: Pages, run: FinishedRun, predictions: Predictions) -> None:
 
 
 def _errors(
-    out: Pages, run: FinishedRun, predictions: Predictions, texts: list[str], lengths: np.ndarray
+    out: Pages,
+    run: FinishedRun,
+    predictions: Predictions,
+    texts: Sequence[str],
+    lengths: np.ndarray,
 ) -> None:
     error = np.abs(predictions.logits - predictions.labels)[:, 0]
     among = np.flatnonzero(explainable(run, lengths))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fasttx.config import TrainConfig
@@ -104,7 +106,11 @@ def _lengths(
 
 
 def _texts(
-    out: Pages, run: FinishedRun, predictions: Predictions, texts: list[str], lengths: np.ndarray
+    out: Pages,
+    run: FinishedRun,
+    predictions: Predictions,
+    texts: Sequence[str],
+    lengths: np.ndarray,
 ) -> None:
     """The mistakes with shaded words, and the attention maps of two texts."""
     if len(run.names) < 2:

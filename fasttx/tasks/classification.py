@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fasttx.text.duplicates import duplicates_text, overlap_warning
 from fasttx.text.packing import PackedBatch, RaggedIds, pack
 from fasttx.text.pieces import AnyTokenizer
 from fasttx.text.reading import drop_words, read
+from fasttx.text.stored import StoredTexts, encode_stored
 from fasttx.text.targets import TARGETS
 from fasttx.text.token_cache import encode_cached
 from fasttx.training.checkpoint import Progress
@@ -202,23 +204,28 @@ def _examples(
 ) -> Splits:
     max_len, special = config.model.max_len, tokenizer.special
 
-    def measured_on(split: data.Split, ids: RaggedIds) -> Examples:
-        ids, owner = read(ids, max_len, config.truncation, config.long_texts, special)
+    def encoded(texts: Sequence[str], long_texts: str) -> tuple[RaggedIds, np.ndarray | None]:
+        def reading(ids: RaggedIds) -> tuple[RaggedIds, np.ndarray | None]:
+            return read(ids, max_len, config.truncation, long_texts, special)
+
+        if isinstance(texts, StoredTexts):
+            return encode_stored(tokenizer, texts, reading)
+        return reading(encode_cached(tokenizer, texts))
+
+    def measured_on(split: data.Split) -> Examples:
+        ids, owner = encoded(split.texts, config.long_texts)
         return Examples(ids, split.labels, owner)
 
-    splits = (dataset.train, dataset.validation, dataset.test)
-    train, validation, test = (encode_cached(tokenizer, split.texts) for split in splits)
-    labels = dataset.train.labels
+    train, labels = encoded(dataset.train.texts, "cut")[0], dataset.train.labels
     if more is not None:
         texts, soft = more
-        train = RaggedIds.concatenate([train, encode_cached(tokenizer, texts)])
+        train = RaggedIds.concatenate([train, encoded(texts, "cut")[0]])
         certain = np.eye(len(dataset.label_names), dtype=np.float32)[labels]
         labels = np.concatenate([certain, soft.probabilities])
-    train, _ = read(train, max_len, config.truncation, "cut", special)
     return Splits(
         Examples(train, labels),
-        measured_on(dataset.validation, validation),
-        measured_on(dataset.test, test),
+        measured_on(dataset.validation),
+        measured_on(dataset.test),
         special,
     )
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import tempfile
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fasttx.errors import DataError
+from fasttx.files import cache_folder
 from fasttx.text import demo
 from fasttx.text.cells import some
 from fasttx.text.disk import is_file, located, reason
 from fasttx.text.folders import SPLITS, UNLABELLED_SPLITS, Corpus, folder_corpus, name_of
+from fasttx.text.stored import STORED_FROM, StoredTexts
 from fasttx.text.tables import Columns, Rows, Table, table_rows, table_texts
 from fasttx.text.textfiles import KINDS, file_rows, kind_of, needs
 
@@ -121,7 +124,8 @@ _held: dict[str, Any] = {}
 @contextlib.contextmanager
 def holding(dataset: Any) -> Iterator[str | None]:
     """Inside, `dataset` can be read under the name that this yields: an object of `datasets` (a
-    Dataset, or a dictionary of them by split), else a name or path as it is.
+    Dataset, or a dictionary of them by split), else a name or path as it is. An IterableDataset is
+    read once, into a folder that goes at the end.
 
     Raises DataError for anything else.
     """
@@ -130,21 +134,45 @@ def holding(dataset: Any) -> Iterator[str | None]:
         return
     splits = dict(dataset) if isinstance(dataset, dict) else {"train": dataset}
     for name, split in splits.items():
-        if not (
-            hasattr(split, "select_columns")
-            and hasattr(split, "features")
-            and hasattr(split, "__len__")
-        ):
+        if not hasattr(split, "select_columns") or not hasattr(split, "features"):
             raise DataError(
                 f"dataset {f'has the split {name!r}, which ' if len(splits) > 1 else ''}is a "
-                f"{type(split).__name__}; expected a name, a path, a datasets.Dataset, or a "
-                "DatasetDict of them"
+                f"{type(split).__name__}; expected a name, a path, a datasets.Dataset or "
+                "IterableDataset, or a dictionary of them by split"
             )
-    _held.update(splits)
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, split in splits.items():
+            if not hasattr(split, "__len__"):
+                folder = stack.enter_context(_spool_folder())
+                splits[name] = _spooled(split, f"the dataset ({name})", folder)
+        stack.callback(_held.clear)
+        _held.update(splits)
         yield IN_PYTHON
-    finally:
-        _held.clear()
+
+
+def _spool_folder() -> tempfile.TemporaryDirectory[str]:
+    folder = cache_folder()  # on a disk, which /tmp need not be
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=folder, prefix="stream-", ignore_cleanup_errors=True)
+
+
+def _spooled(stream: Any, where: str, folder: str) -> Any:
+    """A Dataset in `folder` with the rows of an IterableDataset. Raises DataError."""
+    import datasets
+
+    try:
+        return datasets.Dataset.from_generator(
+            _rows_of, stream.features, folder, gen_kwargs={"stream": stream}
+        )
+    except Exception as error:  # whatever the stream's own code raises
+        raise DataError(
+            f"{where} cannot be read to its end ({reason(error.__cause__ or error)}); expected "
+            "rows with a column of texts and one of labels"
+        ) from error
+
+
+def _rows_of(stream: Any) -> Iterator[dict[str, Any]]:
+    yield from stream
 
 
 def version(name: str) -> dict[str, Any]:
@@ -246,7 +274,7 @@ def _datasets_corpus(name: str, where: str, found: dict[str, Any], columns: Colu
     known: dict[str, Callable[[], Rows]] = {
         SPLITS[k]: functools.partial(rows, k) for k in found if k in SPLITS
     }
-    unlabelled: dict[str, Callable[[], list[str]]] = {
+    unlabelled: dict[str, Callable[[], Sequence[str]]] = {
         f"{where} ({k})": functools.partial(
             lambda k: table_texts(_dataset_table(found[k], f"{where} ({k})"), columns.text), k
         )
@@ -280,4 +308,9 @@ def _dataset_table(dataset: Any, where: str) -> Table:
         return values
 
     kinds = {c: getattr(f, "dtype", "") in ("string", "large_string") for c, f in features.items()}
-    return Table(where, kinds, read, class_names=class_names)
+
+    def stored(column: str) -> StoredTexts:
+        return StoredTexts(dataset.select_columns([column]).with_format(None), column)
+
+    large = dataset.data.nbytes >= STORED_FROM
+    return Table(where, kinds, read, class_names=class_names, stored=stored if large else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,7 +54,7 @@ class Corpus:
     where: str
     splits: dict[str, Callable[[], Rows]]
     notes: list[str] = field(default_factory=list)
-    unlabelled: dict[str, Callable[[], list[str]]] = field(default_factory=dict)
+    unlabelled: dict[str, Callable[[], Sequence[str]]] = field(default_factory=dict)
 
     @property
     def held(self) -> str:
@@ -132,7 +132,7 @@ def folder_corpus(folder: Path, columns: Columns) -> Corpus:
             splits[split] = functools.partial(file_rows, files, columns)
         elif tree:
             splits[split] = functools.partial(tree_rows, tree[0], columns.problem_type)
-    unlabelled: dict[str, Callable[[], list[str]]] = {
+    unlabelled: dict[str, Callable[[], Sequence[str]]] = {
         str(p): functools.partial(file_texts, p, columns.text)
         if is_file(p)
         else functools.partial(folder_texts, p)

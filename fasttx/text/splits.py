@@ -17,6 +17,7 @@ from fasttx.text import duplicates
 from fasttx.text.cells import shown
 from fasttx.text.corpora import Source, read_corpus, resolve, version
 from fasttx.text.folders import Corpus
+from fasttx.text.stored import StoredTexts
 from fasttx.text.subsets import draw_first, draw_stratified
 from fasttx.text.tables import Columns, blank_note
 from fasttx.text.targets import TARGETS
@@ -48,7 +49,7 @@ class Split:
     notes: lines to show, where a split was read by itself.
     """
 
-    texts: list[str]
+    texts: Sequence[str]
     labels: np.ndarray
     notes: list[str] = field(default_factory=list)
 
@@ -193,7 +194,7 @@ def load_texts(
     test split of the dataset. name: as `resolve` gives it.
     """
     corpus = read_corpus(name, Columns(text_column, label_column, problem_type))
-    reads: dict[str, Callable[[], list[str]]] = {**corpus.unlabelled} if unlabelled else {}
+    reads: dict[str, Callable[[], Sequence[str]]] = {**corpus.unlabelled} if unlabelled else {}
     if train := corpus.splits.get("train"):
         reads = {f"{corpus.where} (train)": lambda: train().texts, **reads}
     texts, notes = _read_all(reads)
@@ -222,8 +223,8 @@ def load_unlabelled(name: str, text_column: str | None = None) -> tuple[list[str
     return texts, notes
 
 
-def _read_all(reads: Mapping[str, Callable[[], list[str]]]) -> tuple[list[str], list[str]]:
-    texts, notes = [], []
+def _read_all(reads: Mapping[str, Callable[[], Sequence[str]]]) -> tuple[list[str], list[str]]:
+    texts, notes = list[str](), list[str]()
     for where, read in reads.items():
         found = read()
         texts += found
@@ -284,7 +285,10 @@ def _fingerprint(splits: Iterable[Split]) -> str:
 
 
 def _take(split: Split, rows: np.ndarray) -> Split:
-    return Split([split.texts[i] for i in rows.tolist()], split.labels[rows])
+    texts = split.texts
+    if isinstance(texts, StoredTexts):
+        return Split(texts.take(rows), split.labels[rows])
+    return Split([texts[i] for i in rows.tolist()], split.labels[rows])
 
 
 def _draw(split: Split, sizes: Sequence[int], config: TrainConfig, stream: int) -> list[Split]:

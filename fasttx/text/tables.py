@@ -9,6 +9,7 @@ from typing import Any
 from fasttx.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from fasttx.errors import DataError
 from fasttx.text.cells import CELLS, as_flag, shown, some, why_no_label
+from fasttx.text.stored import StoredTexts
 
 TEXT_NAMES = (
     "text", "review", "sentence", "content", "body", "document", "comment", "message", "tweet",
@@ -26,7 +27,7 @@ class Rows:
     """The texts and labels of one split, labels as the file writes them (numerals are integers): by
     the kind of problem each is an integer or a word, a tuple of these, or a number."""
 
-    texts: list[str]
+    texts: Sequence[str]
     labels: list[Any]
     where: str
     label_names: list[str] | None = None  # of integer labels, where the file gives them
@@ -48,6 +49,7 @@ class Table:
     """The columns of one file.
 
     where: the file, for messages. kinds: whether each column is text. read: the values of a column.
+    stored: a column of texts that stays on disk, where they are too many to be read at once.
     place: where the row with this index is in the file, for messages. class_names: the names of a
     column's integer labels, where the file has them. notes: lines to show.
     """
@@ -58,6 +60,7 @@ class Table:
     place: Callable[[int], str] = lambda row: f"row {row + 1}"
     class_names: Callable[[str], list[str] | None] = lambda column: None
     notes: Sequence[str] = ()
+    stored: Callable[[str], StoredTexts] | None = None
 
 
 def _find_columns(table: Table, asked: Columns) -> tuple[str, list[str]]:
@@ -109,7 +112,7 @@ def refuse_twice(where: str, columns: Sequence[str]) -> None:
         raise DataError(f"{where} has two columns of one name: {some(columns)}; rename one")
 
 
-def table_texts(table: Table, text_column: str | None) -> list[str]:
+def table_texts(table: Table, text_column: str | None) -> Sequence[str]:
     """The texts of a table, whose labels are missing or not used. Raises DataError."""
     names = [c for c in table.kinds if c.lower() in TEXT_NAMES]
     text = text_column or next(iter(sorted(names, key=lambda c: TEXT_NAMES.index(c.lower()))), None)
@@ -121,10 +124,10 @@ def table_texts(table: Table, text_column: str | None) -> list[str]:
     return _texts(table, text)
 
 
-def _texts(table: Table, column: str) -> list[str]:
+def _texts(table: Table, column: str) -> Sequence[str]:
     """The texts of a column; "" is a text without words, and what is missing is refused."""
-    texts = table.read(column)
-    if not texts:
+    texts: Sequence[str] = table.stored(column) if table.stored else table.read(column)
+    if not len(texts):
         raise DataError(f"{table.where} holds no rows; expected at least one text")
     for row, value in enumerate(texts):
         if not isinstance(value, str):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,6 @@ def file_rows(paths: list[Path], columns: Columns) -> Rows:
     )
 
 
-def file_texts(path: Path, text_column: str | None) -> list[str]:
+def file_texts(path: Path, text_column: str | None) -> Sequence[str]:
     """The texts of a file whose labels are missing or not used. Raises DataError."""
     return table_texts(_table(path), text_column)

@@ -318,6 +318,47 @@ def test_a_run_on_an_object_goes_on_with_the_object(
     assert results(tmp_path / "half")["test"] == results(tmp_path / "whole")["test"]
 
 
+def test_a_stream_is_trained_on_like_a_dataset(splits, tmp_path: Path, monkeypatch) -> None:
+    """Its rows are read once, its texts stay on the disk, and nothing of it is left."""
+    from fasttx.text import corpora, stored
+
+    most = []
+    read = stored.StoredTexts._read
+    monkeypatch.setattr(
+        stored.StoredTexts, "_read", lambda self, rows: most.append(len(rows)) or read(self, rows)
+    )
+    monkeypatch.setattr(corpora, "STORED_FROM", 0)
+    monkeypatch.setattr(stored, "BLOCK", 50)
+    monkeypatch.setenv("FASTTX_CACHE", str(tmp_path / "cache"))
+    asked = dict(problem_type=REGRESSION, quiet=True, **SETTINGS | {"epochs": 1})
+    streams = {name: split.to_iterable_dataset() for name, split in splits.items()}
+    found = fasttx.train(streams, out=tmp_path / "stream", **asked)
+    assert max(most) == 50
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(("stream", "tmp"))]
+    monkeypatch.undo()
+    wanted = fasttx.train(splits, out=tmp_path / "whole", **asked)
+    for name, x in wanted.model.state_dict().items():
+        assert torch.equal(x, found.model.state_dict()[name])
+    kept, by_object = (
+        json.loads((tmp_path / n / "config.json").read_text())["dataset"]
+        for n in ("stream", "whole")
+    )
+    assert kept == by_object
+    assert results(tmp_path / "stream")["test"] == results(tmp_path / "whole")["test"]
+
+
+def test_a_stream_that_breaks(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def rows():
+        yield {"text": "one", "label": 1.5}
+        raise OSError("the line went dead")
+
+    with pytest.raises(DataError, match="cannot be read to its end .*the line went dead"):
+        fasttx.train(datasets.IterableDataset.from_generator(rows), out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("bad", [[1], {"train": 3}, 5, np.zeros(3)])
 def test_what_is_no_dataset(bad, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected a name, a path, a datasets\.Dataset"):
