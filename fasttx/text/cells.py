@@ -107,7 +107,7 @@ def as_flag(value: Any) -> int | None:
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         value = value.strip().lower() == "true"
     found = as_label(int(value) if isinstance(value, bool) else value)
-    return found if found in (0, 1) else None  # type: ignore[return-value]
+    return found if isinstance(found, int) and found in (0, 1) else None
 
 
 # --- for messages ---------------------------------------------------------------------------------
