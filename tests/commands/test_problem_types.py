@@ -25,7 +25,8 @@ SIZES = {
     "dropout": 0.0,
 }  # fmt: skip
 SETTINGS = SIZES | {
-    "batch_size": 16, "lr": 1e-2, "epochs": 6, "schedule": "constant", "device": "cpu", "word_dropout": 0.0,
+    "batch_size": 16, "lr": 1e-2, "epochs": 6, "schedule": "constant", "device": "cpu",
+    "word_dropout": 0.0,
     "warmup_steps": 0, "log_every": 5, "seed": 1,
 }  # fmt: skip
 TOPICS = {"music": ("song", "band"), "sport": ("goal", "team")}
