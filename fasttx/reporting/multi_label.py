@@ -54,7 +54,7 @@ def _labels(out: Pages, run: FinishedRun) -> None:
         low, high = percent(m.f1[worst]), percent(m.f1[best])
         heading = f"F1 is between {low} ({names[worst]}) and {high} ({names[best]})"
     shown = np.sort(np.argsort(-m.support, kind="stable")[:MOST_LABELS])
-    drawn = out.draw("labels", heading, plots.label_scores, [names[i] for i in shown], m.f1[shown],
+    drawn = out.draw("labels", heading, _label_scores, [names[i] for i in shown], m.f1[shown],
                      m.average_precision[shown])  # fmt: skip
     left = len(names) - len(shown)
     caption = (
@@ -102,3 +102,22 @@ def _mistakes(
     out.add("mistakes", "Mistakes", heading, *note, *articles)
     if explained:
         attention_section(out, run, [("wrong", "The most confident mistake", explained[0])])
+
+
+def _label_scores(
+    names: Sequence[str], f1: np.ndarray, average_precision: np.ndarray
+) -> plots.Figure:
+    """F1 as a bar and average precision as a dot for each label (rows)."""
+    figure = plots.new_figure(9, max(1.8, 0.7 + 0.28 * len(names)))
+    axes = figure.subplots()
+    places = np.arange(len(names))
+    axes.barh(places, f1, 0.6, color=plots.BLUE, alpha=0.45, label="F1 (probability at least 0.5)")
+    axes.plot(average_precision, places, "o", color=plots.ORANGE, markersize=5,
+              label="average precision")  # fmt: skip
+    axes.set_yticks(places, [plots.shortened(name, 24) for name in names])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02)
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    plots.percent_axis(axes.xaxis)
+    return figure

@@ -95,7 +95,7 @@ def inline(svg: str, name: str, alt: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{escaped(alt)}"', 1)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib import figure
 
     return figure.Figure(figsize=(width, height), layout="constrained")
@@ -109,7 +109,7 @@ def _shades(values: np.ndarray) -> np.ndarray:
     return image
 
 
-def _percent_axis(axis: Any) -> None:
+def percent_axis(axis: Any) -> None:
     axis.set_major_formatter(lambda share, _: f"{100 * share:.6g} %")
 
 
@@ -121,7 +121,7 @@ def learning_curves(
 ) -> Figure:
     """Loss and accuracy of the training split between log lines, and of validation by epoch; or
     what else is measured."""
-    figure = _figure(9, 3.2)
+    figure = new_figure(9, 3.2)
     epochs = [row for row in rows if row["kind"] == "epoch"]
     between = [row for row in rows if row["kind"] == "train"]
     at = [row["epoch"] for row in epochs]
@@ -150,7 +150,7 @@ def learning_curves(
         axes.set_xlim(0, at[-1] * 1.03)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if what != "loss" and measure.is_share:
-            _percent_axis(axes.yaxis)
+            percent_axis(axes.yaxis)
         else:
             axes.set_ylim(bottom=0)
         if what == "loss":
@@ -162,45 +162,8 @@ def _capital(title: str) -> str:
     return title[:1].upper() + title[1:]
 
 
-def label_scores(names: Sequence[str], f1: np.ndarray, average_precision: np.ndarray) -> Figure:
-    """F1 as a bar and average precision as a dot for each label (rows)."""
-    figure = _figure(9, max(1.8, 0.7 + 0.28 * len(names)))
-    axes = figure.subplots()
-    places = np.arange(len(names))
-    axes.barh(places, f1, 0.6, color=BLUE, alpha=0.45, label="F1 (probability at least 0.5)")
-    axes.plot(average_precision, places, "o", color=ORANGE, markersize=5,
-              label="average precision")  # fmt: skip
-    axes.set_yticks(places, [shortened(name, 24) for name in names])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.02)
-    axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    _percent_axis(axes.xaxis)
-    return figure
-
-
-def predicted_against_true(predicted: np.ndarray, true: np.ndarray, name: str) -> Figure:
-    """Left: a dot for each text; right: how often an error is how large."""
-    figure = _figure(9, 3.8)
-    left, right = figure.subplots(1, 2)
-    both = np.concatenate([predicted, true])
-    low, high = float(both.min()), float(both.max())
-    left.plot([low, high], [low, high], color=GREY, lw=1, ls="--", label="predicted = true")
-    alpha = float(np.clip(200 / max(len(true), 1), 0.05, 0.6))
-    # Of very many texts an image: each dot would be an element of the page.
-    left.plot(true, predicted, ".", color=BLUE, alpha=alpha, rasterized=len(true) > 2000)
-    left.set_xlabel(f"true {shortened(name, 30)}")
-    left.set_ylabel("predicted")
-    left.legend(loc="upper left")
-    right.hist(predicted - true, bins=40, color=BLUE, alpha=0.6)
-    right.axvline(0, color=GREY, lw=1, ls="--")
-    right.set_xlabel("predicted - true")
-    right.set_ylabel("texts")
-    return figure
-
-
 def throughput(seconds: np.ndarray, rates: np.ndarray, mean: float) -> Figure:
-    figure = _figure(9, 2.4)
+    figure = new_figure(9, 2.4)
     axes = figure.subplots()
     minutes = np.concatenate([[0.0], seconds]) / 60
     axes.stairs(rates, minutes, color=BLUE, lw=1.5, baseline=None)
@@ -221,7 +184,7 @@ def confusion(metrics: Metrics, names: Sequence[str]) -> Figure:
     names, classes = [names[i] for i in shown], len(shown)
     matrix, support = metrics.confusion_matrix[np.ix_(shown, shown)], metrics.support[shown]
     side = min(9.0, max(3.6, 1.4 + 0.75 * classes))
-    figure = _figure(side + 0.8, side)
+    figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
     share = matrix / np.maximum(support, 1)[:, None]
     axes.imshow(_shades(share), interpolation="none")
@@ -254,7 +217,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def reliability_diagram(found: Reliability) -> Figure:
-    figure = _figure(6, 4.6)
+    figure = new_figure(6, 4.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     width = found.high - found.low
     middle = (found.low + found.high) / 2
@@ -272,13 +235,13 @@ def reliability_diagram(found: Reliability) -> Figure:
     below.set_xlabel("confidence: the probability of the predicted label")
     below.set_xlim(0, 1)
     for axis in (above.yaxis, below.xaxis, below.yaxis):
-        _percent_axis(axis)
+        percent_axis(axis)
     return figure
 
 
 def accuracy_by_length(bins: LengthBins, limit: int, of: str = "what is read") -> Figure:
     """Accuracy by length, with 95 % Wilson intervals. limit: the number of words in `of`."""
-    figure = _figure(9, 3.2)
+    figure = new_figure(9, 3.2)
     axes = figure.subplots()
     places = np.arange(len(bins.count))
     low, high = wilson(bins.right, bins.count)
@@ -302,7 +265,7 @@ def accuracy_by_length(bins: LengthBins, limit: int, of: str = "what is read") -
     axes.set_xlabel("words of the text")
     axes.set_ylabel("accuracy")
     axes.grid(axis="x", visible=False)
-    _percent_axis(axes.yaxis)
+    percent_axis(axes.yaxis)
     return figure
 
 
@@ -324,7 +287,7 @@ def attention_maps(attention: np.ndarray, words: Sequence[str]) -> Figure:
     strongest = max(float(attention[..., kept[:, None], kept].max()), 1e-12)
     side = 0.9 + 0.065 * len(kept)  # inches
     size = min(7.0, 0.75 * 72 * side / len(kept))
-    figure = _figure(1.0 + side * heads, 0.9 + (side + 0.12) * layers)
+    figure = new_figure(1.0 + side * heads, 0.9 + (side + 0.12) * layers)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     grid = figure.subplots(layers, heads, squeeze=False)
     for (layer, head), axes in np.ndenumerate(grid):

@@ -45,7 +45,7 @@ def _scatter(out: Pages, run: FinishedRun, predictions: Predictions) -> None:
     low, high = np.quantile(error, [0.05, 0.95])
     heading = f"Nine of ten errors lie between {low:+.3f} and {high:+.3f}; their mean is "
     heading += f"{error.mean():+.3f}"
-    drawn = out.draw("predicted-against-true", heading, plots.predicted_against_true, predicted,
+    drawn = out.draw("predicted-against-true", heading, _predicted_against_true, predicted,
                      true, run.names[0])  # fmt: skip
     caption = (
         "Each dot is a test text. A cloud that is flatter than the dashed line means numbers that "
@@ -78,3 +78,23 @@ def _errors(
     out.add("mistakes", "Largest errors", heading, *note, *articles)
     if explained:
         attention_section(out, run, [("wrong", "The largest error", explained[0])])
+
+
+def _predicted_against_true(predicted: np.ndarray, true: np.ndarray, name: str) -> plots.Figure:
+    """Left: a dot for each text; right: how often an error is how large."""
+    figure = plots.new_figure(9, 3.8)
+    left, right = figure.subplots(1, 2)
+    both = np.concatenate([predicted, true])
+    low, high = float(both.min()), float(both.max())
+    left.plot([low, high], [low, high], color=plots.GREY, lw=1, ls="--", label="predicted = true")
+    alpha = float(np.clip(200 / max(len(true), 1), 0.05, 0.6))
+    # Of very many texts an image: each dot would be an element of the page.
+    left.plot(true, predicted, ".", color=plots.BLUE, alpha=alpha, rasterized=len(true) > 2000)
+    left.set_xlabel(f"true {plots.shortened(name, 30)}")
+    left.set_ylabel("predicted")
+    left.legend(loc="upper left")
+    right.hist(predicted - true, bins=40, color=plots.BLUE, alpha=0.6)
+    right.axvline(0, color=plots.GREY, lw=1, ls="--")
+    right.set_xlabel("predicted - true")
+    right.set_ylabel("texts")
+    return figure

@@ -14,7 +14,6 @@ import numpy as np
 from fasttx.config import SINGLE_LABEL, TrainConfig
 from fasttx.errors import DataError
 from fasttx.text import duplicates
-from fasttx.text.cells import shown
 from fasttx.text.corpora import Source, read_corpus, resolve, version
 from fasttx.text.folders import Corpus
 from fasttx.text.stored import StoredTexts
@@ -34,8 +33,6 @@ __all__ = [
     "texts_fingerprint",
     "version",
 ]
-
-_FEW = 10  # texts of a split which say nothing about all
 
 # Each draw has a random stream of its own, so that none depends on the size of another.
 _TRAIN_STREAM, _TEST_STREAM, _HELD_OUT_STREAM, _VALIDATION_STREAM = range(4)
@@ -161,10 +158,10 @@ def load(config: TrainConfig) -> TextDataset:
 
     splits = {"train": train, "validation": validation, "test": test}
     if not config.allow_single_class:
-        if config.problem_type == SINGLE_LABEL:
-            _check_classes(splits, pools, label_names, config.subset_order)
-        else:
-            _check_varied(splits)
+        found, drawn_from = (
+            {name: split.labels for name, split in parts.items()} for parts in (splits, pools)
+        )
+        target.check(found, drawn_from, label_names, config.subset_order)
     fingerprint = _fingerprint(splits.values())
     return TextDataset(
         corpus.name, label_names, train, validation, test, notes, fingerprint, numbers,
@@ -327,44 +324,3 @@ def _train_sizes(config: TrainConfig, count: int, where: str) -> tuple[int, int]
 def check_enough(setting: str, asked: int, count: int, where: str) -> None:
     if asked > count:
         raise DataError(f"{setting} is {asked:,}; {where} has {count:,} rows, ask for at most that")
-
-
-def _check_classes(
-    splits: dict[str, Split], pools: dict[str, Split], names: list[str], order: str
-) -> None:
-    """Raise DataError for a split with one class. pools: what the splits were drawn from."""
-    for which, split in splits.items():
-        count, present = len(split.labels), np.unique(split.labels)
-        # A tenth of few texts may be a single text, which has one label however it is drawn.
-        if len(present) > 1 or (which == "validation" and count == 1):
-            continue
-        name = names[present[0]]
-        if len(np.unique(pools[which].labels)) == 1:
-            why, remedy = "The data it comes from has no other label", "Use data that has several"
-        elif order == "file":
-            why = "Its rows were taken in the file's order, and the file is sorted by label"
-            remedy = "Draw the subset shuffled (--subset-order shuffled)"
-        else:
-            counts = pools[which].label_counts(names)
-            rare = ", ".join(f"{n!r} ({k:,} rows)" for n, k in counts.items() if k and n != name)
-            why = f"It is too small for the rarer labels, or they are too few to share: {rare}"
-            remedy = "Take more rows, or add some with these labels"
-        raise DataError(
-            f"the {which} split ({count:,} rows) has only the label {name!r}: a model that always "
-            f"answers {name!r} scores 100 % on it, so accuracy would mean nothing. {why}. "
-            f"{remedy}, or pass --allow-single-class to go on all the same"
-        )
-
-
-def _check_varied(splits: dict[str, Split]) -> None:
-    """Raise DataError for a split whose texts all have the same labels, or the same number. A few
-    texts may have that by chance, but not those of train."""
-    for which, split in splits.items():
-        few = which != "train" and len(split.labels) < _FEW
-        if not few and (split.labels == split.labels[0]).all():
-            raise DataError(
-                f"all {len(split.labels):,} texts of the {which} split have the same label "
-                f"({shown(split.labels[0].tolist())}): a model that always gives it scores best, "
-                "so what is measured would mean nothing. Use data that has several, or pass "
-                "--allow-single-class to go on all the same"
-            )

@@ -17,6 +17,7 @@ from fasttx.text import labels
 from fasttx.text.cells import some
 from fasttx.text.labels import Numbered
 from fasttx.text.tables import Rows
+from fasttx.text.variety import check_classes, check_varied
 
 
 class Target(ABC):
@@ -36,6 +37,17 @@ class Target(ABC):
     @abstractmethod
     def strata(self, found: np.ndarray) -> np.ndarray:
         """(n,) int64: a subset has these in equal shares."""
+
+    def check(
+        self,
+        splits: Mapping[str, np.ndarray],
+        pools: Mapping[str, np.ndarray],
+        names: Sequence[str],
+        order: str,
+    ) -> None:
+        """Raise DataError for a split whose texts all have the same labels. pools: what the splits
+        were drawn from, in this `subset_order`."""
+        check_varied(splits)
 
     @abstractmethod
     def described(self, splits: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:
@@ -69,6 +81,15 @@ class Class(Target):
 
     def strata(self, found: np.ndarray) -> np.ndarray:
         return found
+
+    def check(
+        self,
+        splits: Mapping[str, np.ndarray],
+        pools: Mapping[str, np.ndarray],
+        names: Sequence[str],
+        order: str,
+    ) -> None:
+        check_classes(splits, pools, names, order)
 
     def described(self, splits: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:
         counts = {k: np.bincount(v, minlength=len(names)).tolist() for k, v in splits.items()}
