@@ -14,6 +14,7 @@ import numpy as np
 from fasttx.errors import PlotsError
 from fasttx.reporting.escaping import escaped, printable
 from fasttx.reporting.findings import LengthBins, Reliability, wilson
+from fasttx.training.measures import ACCURACY, Measure
 from fasttx.training.metrics import Metrics
 
 # matplotlib's, which is imported when there is something to draw.
@@ -94,7 +95,7 @@ def inline(svg: str, name: str, alt: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{escaped(alt)}"', 1)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib import figure
 
     return figure.Figure(figsize=(width, height), layout="constrained")
@@ -108,46 +109,61 @@ def _shades(values: np.ndarray) -> np.ndarray:
     return image
 
 
-def _percent_axis(axis: Any) -> None:
+def percent_axis(axis: Any) -> None:
     axis.set_major_formatter(lambda share, _: f"{100 * share:.6g} %")
 
 
 # --- the pictures ---------------------------------------------------------------------------------
 
 
-def learning_curves(rows: Sequence[Mapping[str, Any]], steps_per_epoch: int, best: int) -> Figure:
-    """Loss and accuracy of the training split between log lines, and of validation by epoch."""
-    figure = _figure(9, 3.2)
+def learning_curves(
+    rows: Sequence[Mapping[str, Any]], steps_per_epoch: int, best: int, measure: Measure = ACCURACY
+) -> Figure:
+    """Loss and accuracy of the training split between log lines, and of validation by epoch; or
+    what else is measured."""
+    figure = new_figure(9, 3.2)
     epochs = [row for row in rows if row["kind"] == "epoch"]
     between = [row for row in rows if row["kind"] == "train"]
     at = [row["epoch"] for row in epochs]
-    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    curves = (
+        ("loss", "loss", "Loss"),
+        (measure.trained, measure.chosen, _capital(measure.chosen_title)),
+    )
+    same = measure.trained == measure.chosen
+    for axes, (what, chosen, title) in zip(figure.subplots(1, 2), curves, strict=True):
         if between:
             places = [row["step"] / steps_per_epoch for row in between]
             axes.plot(places, [row[what] for row in between], color=GREY, alpha=0.55, lw=0.9,
                       label="training, between log lines")  # fmt: skip
         axes.plot(at, [row[f"train_{what}"] for row in epochs], "o--", color=ORANGE, lw=1.2,
                   markersize=4, label="training, mean of the epoch")  # fmt: skip
-        axes.plot(at, [row[f"val_{what}"] for row in epochs], "o-", color=BLUE, lw=2,
+        axes.plot(at, [row[f"val_{chosen}"] for row in epochs], "o-", color=BLUE, lw=2,
                   markersize=5, label="validation")  # fmt: skip
         axes.axvline(best, color=GREY, lw=0.8, ls=":")
         axes.annotate("chosen", (best, 0), (-3, 3), xycoords=("data", "axes fraction"),
                       textcoords="offset points", ha="right", va="bottom", color=GREY,
                       fontsize=8)  # fmt: skip
-        axes.set_title(what.capitalize())
+        if what != "loss" and not same:
+            title = f"{title}; in training: {measure.trained_title}"
+        axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.set_xlim(0, at[-1] * 1.03)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if what == "accuracy":
-            _percent_axis(axes.yaxis)
+        if what != "loss" and measure.is_share:
+            percent_axis(axes.yaxis)
         else:
             axes.set_ylim(bottom=0)
+        if what == "loss":
             axes.legend(loc="best")
     return figure
 
 
+def _capital(title: str) -> str:
+    return title[:1].upper() + title[1:]
+
+
 def throughput(seconds: np.ndarray, rates: np.ndarray, mean: float) -> Figure:
-    figure = _figure(9, 2.4)
+    figure = new_figure(9, 2.4)
     axes = figure.subplots()
     minutes = np.concatenate([[0.0], seconds]) / 60
     axes.stairs(rates, minutes, color=BLUE, lw=1.5, baseline=None)
@@ -168,7 +184,7 @@ def confusion(metrics: Metrics, names: Sequence[str]) -> Figure:
     names, classes = [names[i] for i in shown], len(shown)
     matrix, support = metrics.confusion_matrix[np.ix_(shown, shown)], metrics.support[shown]
     side = min(9.0, max(3.6, 1.4 + 0.75 * classes))
-    figure = _figure(side + 0.8, side)
+    figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
     share = matrix / np.maximum(support, 1)[:, None]
     axes.imshow(_shades(share), interpolation="none")
@@ -201,7 +217,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def reliability_diagram(found: Reliability) -> Figure:
-    figure = _figure(6, 4.6)
+    figure = new_figure(6, 4.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     width = found.high - found.low
     middle = (found.low + found.high) / 2
@@ -219,13 +235,13 @@ def reliability_diagram(found: Reliability) -> Figure:
     below.set_xlabel("confidence: the probability of the predicted label")
     below.set_xlim(0, 1)
     for axis in (above.yaxis, below.xaxis, below.yaxis):
-        _percent_axis(axis)
+        percent_axis(axis)
     return figure
 
 
 def accuracy_by_length(bins: LengthBins, limit: int, of: str = "what is read") -> Figure:
     """Accuracy by length, with 95 % Wilson intervals. limit: the number of words in `of`."""
-    figure = _figure(9, 3.2)
+    figure = new_figure(9, 3.2)
     axes = figure.subplots()
     places = np.arange(len(bins.count))
     low, high = wilson(bins.right, bins.count)
@@ -249,7 +265,7 @@ def accuracy_by_length(bins: LengthBins, limit: int, of: str = "what is read") -
     axes.set_xlabel("words of the text")
     axes.set_ylabel("accuracy")
     axes.grid(axis="x", visible=False)
-    _percent_axis(axes.yaxis)
+    percent_axis(axes.yaxis)
     return figure
 
 
@@ -271,7 +287,7 @@ def attention_maps(attention: np.ndarray, words: Sequence[str]) -> Figure:
     strongest = max(float(attention[..., kept[:, None], kept].max()), 1e-12)
     side = 0.9 + 0.065 * len(kept)  # inches
     size = min(7.0, 0.75 * 72 * side / len(kept))
-    figure = _figure(1.0 + side * heads, 0.9 + (side + 0.12) * layers)
+    figure = new_figure(1.0 + side * heads, 0.9 + (side + 0.12) * layers)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     grid = figure.subplots(layers, heads, squeeze=False)
     for (layer, head), axes in np.ndenumerate(grid):

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fasttx.config import TrainConfig
+from fasttx.config import SINGLE_LABEL, TrainConfig
 from fasttx.errors import DataError
-from fasttx.text import duplicates, labels
+from fasttx.text import duplicates
 from fasttx.text.corpora import Source, read_corpus, resolve, version
 from fasttx.text.folders import Corpus
+from fasttx.text.stored import StoredTexts
 from fasttx.text.subsets import draw_first, draw_stratified
-from fasttx.text.tables import blank_note
+from fasttx.text.tables import Columns, blank_note
+from fasttx.text.targets import TARGETS
 
 __all__ = [
     "Source",
@@ -38,12 +40,13 @@ _TRAIN_STREAM, _TEST_STREAM, _HELD_OUT_STREAM, _VALIDATION_STREAM = range(4)
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """n texts, and their labels: (n,) int64, indices into the dataset's `label_names`.
+    """n texts, and their labels: (n,) int64, indices into the dataset's `label_names`; of other
+    problems than single-label ones as `fasttx.text.targets` has them.
 
     notes: lines to show, where a split was read by itself.
     """
 
-    texts: list[str]
+    texts: Sequence[str]
     labels: np.ndarray
     notes: list[str] = field(default_factory=list)
 
@@ -67,6 +70,7 @@ class TextDataset:
     fingerprint: str
     label_numbers: list[int] | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+    problem_type: str = SINGLE_LABEL
 
     def count_duplicates(self, **more: Sequence[str]) -> dict[str, duplicates.Counts]:
         """How many texts occur twice, and in several splits: `fasttx.text.duplicates.count`."""
@@ -87,7 +91,9 @@ class TextDataset:
             "train_samples": len(self.train.texts),
             "val_samples": len(self.validation.texts),
             "test_samples": len(self.test.texts),
-            "label_counts": {k: s.label_counts(self.label_names) for k, s in splits.items()},
+            **TARGETS[self.problem_type].described(
+                {name: split.labels for name, split in splits.items()}, self.label_names
+            ),
             "label_numbers": self.label_numbers,
             "duplicates": self.duplicates,
             "fingerprint": self.fingerprint,
@@ -105,14 +111,15 @@ def load(config: TrainConfig) -> TextDataset:
     split, or a tenth of train is held out. Raises DataError.
     """
     source = resolve(config.dataset)
-    corpus = read_corpus(source.name, config.text_column, config.label_column)
+    columns = Columns(config.text_column, config.label_column, config.problem_type)
+    corpus, target = read_corpus(source.name, columns), TARGETS[config.problem_type]
     if "train" not in corpus.splits:
         raise DataError(
             f"{corpus.where} has no train split; {corpus.held}. Expected train.parquet, .csv, "
             ".tsv or .jsonl, or a folder train with a folder for each label"
         )
     rows = {name: read() for name, read in corpus.splits.items()}
-    label_names, codes, numbers, label_notes = labels.numbered(rows, corpus.name)
+    label_names, codes, numbers, label_notes = target.numbered(rows, corpus.name)
     given = {name: Split(r.texts, codes[name]) for name, r in rows.items()}
     notes = [*source.notes, *corpus.notes]
     if corpus.unlabelled and config.pseudo_labels is None:
@@ -131,7 +138,7 @@ def load(config: TrainConfig) -> TextDataset:
         rng = np.random.default_rng([config.seed_of_splits, _HELD_OUT_STREAM])
         sizes = _tenth(len(train.labels), corpus.where)
         # In the order of the file, which `subset_order` may ask for.
-        kept, held_out = map(np.sort, draw_stratified(train.labels, sizes, rng))
+        kept, held_out = map(np.sort, draw_stratified(target.strata(train.labels), sizes, rng))
         notes.append(f"{corpus.where} has no test split: {sizes[1]:,} of its rows are held out")
         train, test = _take(train, kept), _take(train, held_out)
 
@@ -151,11 +158,14 @@ def load(config: TrainConfig) -> TextDataset:
 
     splits = {"train": train, "validation": validation, "test": test}
     if not config.allow_single_class:
-        _check_classes(splits, pools, label_names, config.subset_order)
+        found, drawn_from = (
+            {name: split.labels for name, split in parts.items()} for parts in (splits, pools)
+        )
+        target.check(found, drawn_from, label_names, config.subset_order)
     fingerprint = _fingerprint(splits.values())
     return TextDataset(
         corpus.name, label_names, train, validation, test, notes, fingerprint, numbers,
-        version(source.name),
+        version(source.name), config.problem_type,
     )  # fmt: skip
 
 
@@ -173,14 +183,15 @@ def load_texts(
     text_column: str | None = None,
     label_column: str | None = None,
     unlabelled: bool = True,
+    problem_type: str = SINGLE_LABEL,
 ) -> tuple[list[str], list[str]]:
     """The texts to pretrain on, and notes on where they come from. Raises DataError.
 
     These are train's and, if `unlabelled`, those without labels; never those of a validation or
     test split of the dataset. name: as `resolve` gives it.
     """
-    corpus = read_corpus(name, text_column, label_column)
-    reads: dict[str, Callable[[], list[str]]] = {**corpus.unlabelled} if unlabelled else {}
+    corpus = read_corpus(name, Columns(text_column, label_column, problem_type))
+    reads: dict[str, Callable[[], Sequence[str]]] = {**corpus.unlabelled} if unlabelled else {}
     if train := corpus.splits.get("train"):
         reads = {f"{corpus.where} (train)": lambda: train().texts, **reads}
     texts, notes = _read_all(reads)
@@ -199,7 +210,7 @@ def load_texts(
 def load_unlabelled(name: str, text_column: str | None = None) -> tuple[list[str], list[str]]:
     """The texts of a dataset without labels, and notes on where they come from. Raises DataError
     if it has none."""
-    corpus = read_corpus(name, text_column, None)
+    corpus = read_corpus(name, Columns(text_column))
     texts, notes = _read_all(corpus.unlabelled)
     if not texts:
         raise DataError(
@@ -209,8 +220,8 @@ def load_unlabelled(name: str, text_column: str | None = None) -> tuple[list[str
     return texts, notes
 
 
-def _read_all(reads: Mapping[str, Callable[[], list[str]]]) -> tuple[list[str], list[str]]:
-    texts, notes = [], []
+def _read_all(reads: Mapping[str, Callable[[], Sequence[str]]]) -> tuple[list[str], list[str]]:
+    texts, notes = list[str](), list[str]()
     for where, read in reads.items():
         found = read()
         texts += found
@@ -227,15 +238,18 @@ def load_for_evaluation(
     text_column: str | None = None,
     label_column: str | None = None,
     split: str = "test",
+    problem_type: str = SINGLE_LABEL,
 ) -> Split:
-    """One split, its labels as indices into a saved model's `label_names`.
+    """One split, its labels as those of a saved model: indices into its `label_names`, or what
+    another `problem_type` has.
 
     If there is no test split, this is validation, or the only split; a single file is one split.
     label_numbers: those of the dataset that the model was trained on, from its config.json; where
     they are not known, numbers are no names of classes (see `labels.numbered_as_saved`). Raises
     DataError, also for a label that the model does not know.
     """
-    corpus = read_corpus(resolve(str(path_or_name)).name, text_column, label_column)
+    columns = Columns(text_column, label_column, problem_type)
+    corpus, target = read_corpus(resolve(str(path_or_name)).name, columns), TARGETS[problem_type]
     order = [split, "validation"] if split == "test" else [split]
     found = [name for name in order if name in corpus.splits]
     if not found and len(corpus.splits) == 1:
@@ -243,7 +257,7 @@ def load_for_evaluation(
     if not found:
         raise DataError(f"{corpus.where} has no {split} split; {corpus.held}")
     rows = corpus.splits[found[0]]()
-    numbers, notes = labels.numbered_as_saved(rows, label_names, label_numbers)
+    numbers, notes = target.numbered_as_saved(rows, label_names, label_numbers)
     return Split(rows.texts, numbers, [*corpus.notes, *rows.notes, *notes])
 
 
@@ -259,7 +273,8 @@ def _fingerprint(splits: Iterable[Split]) -> str:
             data = text.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
-        digest.update(split.labels.astype("<i8").tobytes())
+        kind = "<i8" if np.issubdtype(split.labels.dtype, np.integer) else "<f4"
+        digest.update(split.labels.astype(kind).tobytes())
     return digest.hexdigest()
 
 
@@ -267,7 +282,10 @@ def _fingerprint(splits: Iterable[Split]) -> str:
 
 
 def _take(split: Split, rows: np.ndarray) -> Split:
-    return Split([split.texts[i] for i in rows.tolist()], split.labels[rows])
+    texts = split.texts
+    if isinstance(texts, StoredTexts):
+        return Split(texts.take(rows), split.labels[rows])
+    return Split([texts[i] for i in rows.tolist()], split.labels[rows])
 
 
 def _draw(split: Split, sizes: Sequence[int], config: TrainConfig, stream: int) -> list[Split]:
@@ -275,7 +293,8 @@ def _draw(split: Split, sizes: Sequence[int], config: TrainConfig, stream: int) 
         subsets = draw_first(split.labels, sizes)
     else:
         rng = np.random.default_rng([config.seed_of_splits, stream])
-        subsets = draw_stratified(split.labels, sizes, rng)
+        strata = TARGETS[config.problem_type].strata(split.labels)
+        subsets = draw_stratified(strata, sizes, rng)
     return [_take(split, rows) for rows in subsets]
 
 
@@ -305,30 +324,3 @@ def _train_sizes(config: TrainConfig, count: int, where: str) -> tuple[int, int]
 def check_enough(setting: str, asked: int, count: int, where: str) -> None:
     if asked > count:
         raise DataError(f"{setting} is {asked:,}; {where} has {count:,} rows, ask for at most that")
-
-
-def _check_classes(
-    splits: dict[str, Split], pools: dict[str, Split], names: list[str], order: str
-) -> None:
-    """Raise DataError for a split with one class. pools: what the splits were drawn from."""
-    for which, split in splits.items():
-        count, present = len(split.labels), np.unique(split.labels)
-        # A tenth of few texts may be a single text, which has one label however it is drawn.
-        if len(present) > 1 or (which == "validation" and count == 1):
-            continue
-        name = names[present[0]]
-        if len(np.unique(pools[which].labels)) == 1:
-            why, remedy = "The data it comes from has no other label", "Use data that has several"
-        elif order == "file":
-            why = "Its rows were taken in the file's order, and the file is sorted by label"
-            remedy = "Draw the subset shuffled (--subset-order shuffled)"
-        else:
-            counts = pools[which].label_counts(names)
-            rare = ", ".join(f"{n!r} ({k:,} rows)" for n, k in counts.items() if k and n != name)
-            why = f"It is too small for the rarer labels, or they are too few to share: {rare}"
-            remedy = "Take more rows, or add some with these labels"
-        raise DataError(
-            f"the {which} split ({count:,} rows) has only the label {name!r}: a model that always "
-            f"answers {name!r} scores 100 % on it, so accuracy would mean nothing. {why}. "
-            f"{remedy}, or pass --allow-single-class to go on all the same"
-        )

@@ -44,7 +44,7 @@ def predict_shared(run: Run, model: nn.Module, examples: Examples) -> np.ndarray
     if len(mine):
         logits[torch.from_numpy(mine)] = predict_logits(
             model,
-            ids.select(mine),
+            ids if len(mine) == len(ids) else ids.select(mine),  # which would be a copy
             run.device,
             batch_size=config.batch_size,
             precision=config.precision,

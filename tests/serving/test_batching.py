@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from fasttx.config import SINGLE_LABEL
 from fasttx.text.packing import RaggedIds
 from fasttx.text.reading import read
 from fasttx.text.tokenizer import SpecialTokens
+from fasttx.training.problems import PROBLEMS
 from tests.serving import services  # noqa: F401 - skips where the packages are missing
 
 from fasttx.serving import batching  # isort: skip
@@ -28,6 +30,7 @@ class Model:
 
     max_len = 8
     device = torch.device("cpu")
+    problem = PROBLEMS[SINGLE_LABEL]
 
     def __init__(self, long_texts: str = "cut") -> None:
         self.long_texts = long_texts
@@ -71,7 +74,7 @@ def run(model: Model, work: Any, **limits: Any) -> Any:
 
 
 def margins(answers: list[Any]) -> list[float]:
-    return [float(np.log(a.probabilities[0] / a.probabilities[1])) for a in answers]
+    return [float(np.log(a.scores[0] / a.scores[1])) for a in answers]
 
 
 def test_answers_in_the_order_of_the_texts():
