@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fasttx.ops import scaled_dot_product_attention
     from fasttx.text.packing import PackedBatch, pack
     from fasttx.text.tokenizer import Tokenizer
+    from fasttx.train import train
 
 __all__ = [
     "FasttxError",
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "pack",
     "scaled_dot_product_attention",
+    "train",
 ]
 
 # The module of each name; and the modules that are there without an import of their own.
@@ -45,6 +47,7 @@ _HOMES = {
     "load": "load",
     "pack": "text.packing",
     "scaled_dot_product_attention": "ops",
+    "train": "train",
 }
 _MODULES = ("config", "device", "errors", "files", "models", "ops", "tasks", "text", "training")
 
@@ -64,12 +67,12 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """`fasttx.load` is the function, though Python sets it to the module of that name when that is
-    imported."""
+    """`fasttx.load` and `fasttx.train` are functions, though Python sets each to the module of its
+    name when that is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "load" and isinstance(value, types.ModuleType):
-            value = value.load
+        if name in ("load", "train") and isinstance(value, types.ModuleType):
+            value = getattr(value, name)
         super().__setattr__(name, value)
 
 

@@ -76,6 +76,11 @@ def known_fields(cls: type, values: Any) -> dict[str, Any]:
     return values
 
 
+# What a label is, by transformers' names: one class a text; any number of classes; a number.
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = PROBLEM_TYPES = (
+    "single_label_classification", "multi_label_classification", "regression",
+)  # fmt: skip
+
 # A model with more weights has a wrong number in its settings. (This many take 40 GB.)
 MOST_WEIGHTS = 10_000_000_000
 
@@ -188,7 +193,16 @@ class TrainConfig:
         None, "name of the text column (default: found)", group="data"
     )
     label_column: str | None = setting(
-        None, "name of the label column (default: found)", group="data"
+        None,
+        "name of the label column (default: found); of multi-label data also several 0/1 columns, "
+        "separated by commas",
+        group="data",
+    )
+    problem_type: str = setting(
+        SINGLE_LABEL,
+        "what a label is: one class a text, any number of classes, or a number to be fitted",
+        group="data",
+        choices=PROBLEM_TYPES,
     )
     train_samples: int | None = setting(
         None, "texts to train on (for a classifier, a tenth more for validation)", group="data"
@@ -289,11 +303,23 @@ class TrainConfig:
         _check_range(self, 0.0, 1.0, "label_smoothing", "word_dropout")
         _check_range(self, 0.0, 1.0, "beta2", below=True)  # torch's own limits
         _check_range(self, 0, 2**63 - 1, "seed", "split_seed")
+        self._check_problem()
         if self.optimizer == "adam" and self.weight_decay:
             raise ConfigError(
                 f"weight_decay is {self.weight_decay} with optimizer adam, where it would be added "
                 "to the gradients and swamp them; use adamw, or weight_decay 0"
             )
+
+    def _check_problem(self) -> None:
+        """Raise ConfigError for settings that only classes that exclude one another have."""
+        if self.problem_type == SINGLE_LABEL:
+            return
+        for name, off in (("label_smoothing", 0.0), ("pseudo_labels", None)):
+            if (value := getattr(self, name)) != off:
+                raise ConfigError(
+                    f"{name} is {value!r} with problem_type {self.problem_type}; expected "
+                    f"{off!r}: it is for {SINGLE_LABEL}"
+                )
 
     @property
     def seed_of_splits(self) -> int:

@@ -1,4 +1,5 @@
-"""A trained model with its tokenizer and label names: text in, label and probability out."""
+"""A trained model with its tokenizer and label names: text in, label and probability (or number)
+out."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttx import device as devices
+from fasttx.config import SINGLE_LABEL
 from fasttx.errors import CheckpointError, ConfigError, NotFiniteError, TokenizerError
 from fasttx.models.classifier import TransformerClassifier
 from fasttx.native import PRECISIONS, NativeClassifier
@@ -23,15 +25,7 @@ from fasttx.text.reading import cut, mean_of_windows, read
 from fasttx.training.checkpoint import load_tokenizer, load_weights
 from fasttx.training.folder import RunFolder
 from fasttx.training.inference import predict_logits
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The likeliest label of a text, its probability, and those of all labels."""
-
-    label: str
-    probability: float
-    probabilities: dict[str, float]
+from fasttx.training.problems import PROBLEMS, AnyPrediction, Problem
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,7 @@ class TextClassifier:
     long_texts: str
     device: torch.device
     precision: str = "fp32"
+    problem_type: str = SINGLE_LABEL
     native: NativeClassifier = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -94,18 +89,20 @@ class TextClassifier:
             self.model, ids, self.device, batch_size=batch_size, precision=self.precision
         )
 
-    def predict(self, texts: Sequence[str], *, batch_size: int = 64) -> list[Prediction]:
-        """One Prediction a text, in order. Raises TypeError for a bare string."""
+    @property
+    def problem(self) -> Problem:
+        """What the model's answers mean."""
+        return PROBLEMS[self.problem_type]
+
+    def predict(self, texts: Sequence[str], *, batch_size: int = 64) -> list[AnyPrediction]:
+        """One answer a text, in order: a Prediction; of a multi-label model a MultiLabelPrediction;
+        of a regression a NumberPrediction. Raises TypeError for a bare string."""
         if isinstance(texts, str):
             raise TypeError("texts is a str; expected a list of texts: predict([text])")
         if not len(texts):
             return []
-        probabilities = self.logits(texts, batch_size=batch_size).double().softmax(-1)
-        best = probabilities.argmax(-1).tolist()
-        return [
-            Prediction(self.label_names[i], row[i], dict(zip(self.label_names, row, strict=True)))
-            for i, row in zip(best, probabilities.tolist(), strict=True)
-        ]
+        scores = self.problem.scores(self.logits(texts, batch_size=batch_size))
+        return [self.problem.prediction(self.label_names, row) for row in scores.tolist()]
 
 
 def checked_finite(logits: Tensor, texts: Sequence[str]) -> Tensor:
@@ -169,6 +166,7 @@ def load(
         config.train.long_texts,
         where,
         precision,
+        config.train.problem_type,
     )
     if precision == "int8":
         classifier.native.require()

@@ -21,6 +21,7 @@ import torch
 from fasttx import device as devices
 from fasttx import terminal
 from fasttx.commands import flags
+from fasttx.config import SINGLE_LABEL
 from fasttx.errors import CheckpointError, ConfigError
 from fasttx.load import TextClassifier, checked_finite, load
 from fasttx.models import bag_of_words
@@ -111,6 +112,11 @@ def _open(args: argparse.Namespace) -> tuple[RunConfig, data.TextDataset, list[M
     found = [read_config(RunFolder(path).config, "classification") for path in args.run]
     first = found[0]
     for path, run in zip(args.run, found, strict=True):
+        if (kind := run.train.problem_type) != SINGLE_LABEL:
+            raise CheckpointError(
+                f"{path} is a run of {kind}; expected runs of {SINGLE_LABEL}: a pool weighs the "
+                "probabilities of classes"
+            )
         if run.dataset.get("fingerprint") != first.dataset.get("fingerprint"):
             raise CheckpointError(
                 f"{path} was trained on other splits than {args.run[0]} ({run.dataset['name']}, "

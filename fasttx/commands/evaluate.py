@@ -14,7 +14,6 @@ from fasttx.tasks import read_config
 from fasttx.text import splits as data
 from fasttx.training import run as runs
 from fasttx.training.folder import RunFolder
-from fasttx.training.metrics import classification_metrics, format_metrics
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -35,9 +34,10 @@ def _evaluate(args: argparse.Namespace) -> None:
             label_numbers=config.dataset.get("label_numbers"),
             text_column=args.text_column,
             label_column=args.label_column,
+            problem_type=classifier.problem_type,
         )
     logits = classifier.logits(split.texts, batch_size=args.batch_size)
-    metrics = classification_metrics(logits.numpy(), split.labels)
+    metrics = classifier.problem.metrics(logits.numpy(), split.labels)
     if args.json:
         where = args.dataset or f"validation split of {args.run}"
         found = {"dataset": where, "notes": split.notes, **metrics.to_dict()}
@@ -45,7 +45,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     else:
         if split.notes:
             terminal.say("\n".join([*split.notes, ""]))
-        terminal.say(format_metrics(metrics, list(classifier.label_names)))
+        terminal.say(classifier.problem.format(metrics, classifier.label_names))
 
 
 def add_command(commands: Any) -> None:

@@ -109,8 +109,7 @@ def _predict(args: argparse.Namespace) -> None:
             terminal.say_json({"text": text, **dataclasses.asdict(p)})
         else:
             shown = text if len(text) <= 80 else text[:77] + "..."
-            line = f"{p.label}  {p.probability:7.2%}  {shown}"
-            terminal.say(terminal.one_line(line).rstrip())
+            terminal.say(terminal.one_line(f"{p}  {shown}").rstrip())
 
 
 def add_command(commands: Any) -> None:

@@ -3,53 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from fasttx.commands import flags
 from fasttx.config import RECIPES, ModelConfig, TrainConfig
-from fasttx.tasks.origin import find_origin, is_pretrained
+from fasttx.train import TrainOptions
 from fasttx.version import __version__
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What train.py was asked: a run to resume, or a recipe and the settings that change it;
-    and the flags that it accepts beside them."""
-
-    resume: Path | None
-    recipe: str | None
-    out: Path | None
-    settings: dict[str, Any]
-    model_settings: dict[str, Any]
-    accepts: frozenset[str] = frozenset()
-    log_to: tuple[str, ...] = ()
-
-    @property
-    def dataset(self) -> str:
-        return self.settings.get("dataset", "auto")
-
-    def recipe_for(self, dataset: str) -> str:
-        """The recipe asked for, else the one that fits. A recipe for IMDB does not fit `demo`, so
-        where `auto` had to fall back to that corpus, it falls back to its recipe too."""
-        fell_back = dataset == "demo" and self.dataset == "auto"
-        source = self.settings.get("init_from")
-        fitting = "full" if source is None else "finetune"
-        if dataset == "demo":
-            fitting = "demo"
-        if source is not None and is_pretrained(source):
-            fitting = "finetune-bert"  # at the rates of `demo` it would forget what it has learnt
-        return fitting if fell_back or self.recipe is None else self.recipe
-
-    def config(self, recipe: str) -> TrainConfig:
-        """The settings given, over those of `recipe`; an encoder to start from has its own sizes.
-        Raises ConfigError, CheckpointError."""
-        base = RECIPES[recipe]
-        model = base.model
-        if source := self.settings.get("init_from"):
-            model = find_origin(source).settings(model)
-        return replace(base, model=replace(model, **self.model_settings), **self.settings)
 
 
 def options(argv: Sequence[str] | None = None) -> TrainOptions:

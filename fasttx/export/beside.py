@@ -52,12 +52,12 @@ def notes(classifier: TextClassifier, tokenizer: str) -> list[str]:
     return found
 
 
-def config_json(classifier: TextClassifier, problem: str) -> dict[str, Any]:
+def config_json(classifier: TextClassifier) -> dict[str, Any]:
     """Labels and sizes by the names that Hugging Face's config.json has for them."""
     names, config = classifier.label_names, classifier.model.config
     return {
         "model_type": "fasttx",
-        "problem_type": problem,
+        "problem_type": classifier.problem_type,
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
         "vocab_size": config.vocab_size,

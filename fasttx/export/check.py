@@ -20,7 +20,6 @@ from fasttx.text.reading import by_length
 from fasttx.training import run as runs
 from fasttx.training.checkpoint import RunConfig
 from fasttx.training.folder import RunFolder
-from fasttx.training.metrics import classification_metrics
 
 # Of the largest logit, or of 1 where that is larger.
 LIMIT, INT8_LIMIT = 1e-4, 0.2
@@ -138,7 +137,7 @@ def require(difference: Difference, limit: float, what: str) -> None:
 
 @dataclass(frozen=True)
 class Quality:
-    """A number by which answers to labelled texts are judged, before and after quantisation."""
+    """The measure by which the run chose its best epoch, before and after quantisation."""
 
     name: str
     before: float
@@ -155,8 +154,12 @@ def quality(answer: Answer, classifier: TextClassifier, samples: Samples) -> Qua
     after = np.empty_like(before)
     for rows in by_length(ids, _MEASURED_AT_ONCE):
         after[rows] = answer(*padded(ids.select(rows), classifier))
-    first, second = (classification_metrics(x, samples.labels).accuracy for x in (before, after))
-    return Quality("accuracy", first, second, len(ids))
+    problem = classifier.problem
+    name = problem.measure.chosen
+    first, second = (
+        float(getattr(problem.metrics(x, samples.labels), name)) for x in (before, after)
+    )
+    return Quality(name, first, second, len(ids))
 
 
 def reads_alike(content: str, classifier: TextClassifier, texts: Sequence[str]) -> bool:

@@ -60,7 +60,6 @@ def export(
         samples = check.Samples(texts, "the given texts")
     else:
         raise ConfigError("there is no text to check the export on; expected at least one")
-    problem = getattr(config.train, "problem_type", "single_label_classification")
     with atomic_folder(folder) as temporary:
         path = temporary / chosen.file
         say(f"writing {form} ...")
@@ -71,7 +70,7 @@ def export(
             quantize(path)
             measured, record = _checked(chosen, path, classifier, samples, check.INT8_LIMIT, True)
         notes = [] if chosen.of_run else _write_beside(
-            temporary, folder.name, form, classifier, problem, samples, measured
+            temporary, folder.name, form, classifier, samples, measured
         )  # fmt: skip
         record = {
             "format": form, "quantize": quantisation, "fasttx": __version__,
@@ -114,8 +113,9 @@ def _checked(
         "limit": allowed,
     }  # fmt: skip
     if quantised and (quality := check.quality(answer, classifier, samples)):
+        title = classifier.problem.measure.chosen_title
         sentences.append(
-            f"{quality.name.capitalize()} on {samples.origin} ({quality.texts:,} texts): "
+            f"{title[0].upper()}{title[1:]} on {samples.origin} ({quality.texts:,} texts): "
             f"{quality.before:.4f} before quantisation, {quality.after:.4f} after "
             f"({quality.after - quality.before:+.4f})."
         )
@@ -126,7 +126,7 @@ def _checked(
 
 
 def _write_beside(
-    folder: Path, name: str, form: str, classifier: TextClassifier, problem: str,
+    folder: Path, name: str, form: str, classifier: TextClassifier,
     samples: check.Samples, measured: list[str],
 ) -> list[str]:  # fmt: skip
     """Tokenizer, labels, example and README; returns what a tokenizer.json cannot say."""
@@ -138,8 +138,8 @@ def _write_beside(
         )
     notes = beside.notes(classifier, tokenizer)
     _write(folder / "tokenizer.json", tokenizer)
-    _write(folder / "config.json", json_text(beside.config_json(classifier, problem)))
-    _write(folder / "example.py", beside.example_py(form, problem))
+    _write(folder / "config.json", json_text(beside.config_json(classifier)))
+    _write(folder / "example.py", beside.example_py(form, classifier.problem_type))
     _write(folder / "README.md", beside.readme(name, FORMATS[form], classifier, measured, notes))
     return notes
 

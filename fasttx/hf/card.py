@@ -9,12 +9,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from fasttx.tasks import read_config
 from fasttx.training.checkpoint import read_json
 from fasttx.training.folder import RunFolder
+from fasttx.training.problems import PROBLEMS
 from fasttx.version import __version__
 
 _TEXT = """\
 # {name}
 
-An encoder-only Transformer that tells {labels} apart, trained with fasttx {version}.
+An encoder-only Transformer that {does}, trained with fasttx {version}.
 
 ```python
 import fasttx.hf
@@ -46,21 +47,24 @@ def card_of(run: Path, name: str) -> str:
     labels, train = config.label_names, config.train
     dataset = str(config.dataset.get("name", "a dataset"))
     measured, metrics = "The run was not finished, so nothing was measured.", []
-    if "test_accuracy" in results:
-        texts = config.dataset["test_samples"]
+    problem = PROBLEMS[train.problem_type]
+    measure, named = problem.measure, problem.card_metrics
+    if f"test_{measure.chosen}" in results:
+        texts, test = config.dataset["test_samples"], results["test"]
+        shown = {title: test[key] for title, key, _ in named if test[key] is not None}
+        said = ", ".join(f"{title} {measure.shown(x)}" for title, x in shown.items())
         measured = (
-            f"Accuracy on {texts:,} test texts of {dataset}: {results['test_accuracy']:.2%}; macro "
-            f"F1 {results['test']['macro_f1']:.2%}. The epoch was chosen on a validation split "
-            f"({results['val_accuracy']:.2%}). One run, seed {train.seed}."
+            f"On {texts:,} test texts of {dataset}: {said}. The epoch was chosen on a validation "
+            f"split ({measure.chosen_title} {measure.shown(results[f'val_{measure.chosen}'])}). "
+            f"One run, seed {train.seed}."
         )
         metrics = [
             EvalResult(
                 task_type="text-classification", dataset_type=dataset, dataset_name=dataset,
-                dataset_split="test", metric_type=kind, metric_value=round(float(value), 4),
+                dataset_split="test", metric_type=kind, metric_name=title,
+                metric_value=round(float(test[key]), 4),
             )
-            for kind, value in (
-                ("accuracy", results["test_accuracy"]), ("f1", results["test"]["macro_f1"])
-            )
+            for title, key, kind in named if test[key] is not None
         ]  # fmt: skip
     values = {
         "parameters": f"{results['parameters']:,}" if results else "",
@@ -74,7 +78,8 @@ def card_of(run: Path, name: str) -> str:
         model_name=name, eval_results=metrics or None,
     )  # fmt: skip
     body = _TEXT.format(
-        name=name, labels=", ".join(labels), version=__version__, measured=measured,
+        name=name, does=problem.purpose.format(labels=", ".join(labels)), version=__version__,
+        measured=measured,
         settings="\n".join(f"| {k} | {v} |" for k, v in values.items() if v != ""),
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n\n{body}"

@@ -164,7 +164,7 @@ def from_run(
     config = FasttxConfig(
         settings, found.truncation, id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
-        problem_type="single_label_classification",
+        problem_type=found.problem_type,
     )  # fmt: skip
     config.architectures = ["FasttxForSequenceClassification"]
     model = FasttxForSequenceClassification(config).eval()

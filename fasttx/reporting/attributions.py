@@ -1,4 +1,5 @@
-"""Why one text got its label: integrated gradients of its words, and where each head looked.
+"""Why one text got its label, or its number: integrated gradients of its words, and where each head
+looked.
 
 Shapes: n words of the text that the model reads, m of them in the window whose attention is shown
 (all n if the text has one window), d d_model, S points of the path.
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasttx.config import SINGLE_LABEL
 from fasttx.load import TextClassifier
 from fasttx.models.classifier import TransformerClassifier
+from fasttx.reporting.findings import percent
 from fasttx.text.packing import RaggedIds, pack
 from fasttx.text.tokenizer import WORDS_ONLY, SpecialTokens
 from fasttx.training.inference import predict_logits
@@ -30,12 +33,14 @@ _ROWS = 4096  # the most rows in one forward pass, which limits memory
 class Explanation:
     """One text, as the model read it.
 
-    The margin is the logit of `label` minus the logit of `rival`, the likeliest other label.
+    The margin is the logit of `label` minus the logit of `rival`, the likeliest other label. Where
+    labels do not exclude one another there is no rival, and the margin is the logit; in a
+    regression it is the number, which has no probability.
     """
 
     label: str
-    probability: float
-    rival: str
+    probability: float | None
+    rival: str | None
     words: tuple[str, ...]  # n, in lower case
     known: np.ndarray  # (n,) bool: in the vocabulary
     attributions: np.ndarray  # (n,) float64, in logits; positive: for `label`
@@ -46,6 +51,18 @@ class Explanation:
     mapped: range  # the m words of the attention maps
     words_left_out: int  # by truncation
     left_out_at: int  # index of the first word after the words left out
+
+    def heading(self, digits: int = 1) -> str:
+        """`good, 97.1 % sure`; of a regression `stars 3.2041`."""
+        if self.probability is None:
+            return f"{self.label} {self.margin:.4f}"
+        return f"{self.label}, {percent(self.probability, digits)} sure"
+
+    @property
+    def margin_name(self) -> str:
+        if self.rival is not None:
+            return f"margin over {self.rival}"
+        return self.label if self.probability is None else f"logit of {self.label}"
 
     @property
     def gap(self) -> float:
@@ -64,10 +81,11 @@ def integrated_gradients(
     model: TransformerClassifier,
     ids: np.ndarray,
     target: int,
-    rival: int,
+    rival: int | None,
     special: SpecialTokens = WORDS_ONLY,
 ) -> tuple[np.ndarray, float, float, int]:
-    """Attributions (n,) of the words `ids` (n,) to the margin logit[target] - logit[rival].
+    """Attributions (n,) of the words `ids` (n,) to the margin logit[target] - logit[rival], or
+    to logit[target] where there is no rival.
 
     Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks" (ICML 2017), eq. 1, along the
     straight line from a baseline to the text, in the space of word embeddings; positions stay as
@@ -95,7 +113,7 @@ def integrated_gradients(
         state = {**parameters, "embedding": rows.flatten(0, 1)}
         inputs = pack(every).to(rows.device).model_inputs()
         logits: Tensor = torch.func.functional_call(model, state, kwargs=inputs)
-        return logits[:, target] - logits[:, rival]
+        return _margins(logits, target, rival)
 
     with torch.no_grad():
         ends = margins(torch.stack([baseline, words])).double().tolist()
@@ -108,6 +126,10 @@ def integrated_gradients(
         if gap <= TOLERANCE * max(1.0, abs(difference)) or points == _MOST_POINTS:
             return attributions, ends[1], ends[0], points
         points *= 2
+
+
+def _margins(logits: Tensor, target: int, rival: int | None) -> Tensor:
+    return logits[:, target] if rival is None else logits[:, target] - logits[:, rival]
 
 
 def _mean_gradient(
@@ -127,15 +149,17 @@ def _mean_gradient(
     return mean
 
 
-def explain(classifier: TextClassifier, text: str) -> Explanation:
-    """The likeliest label of `text`, what each word contributed, and the attention weights.
+def explain(classifier: TextClassifier, text: str, label: int | None = None) -> Explanation:
+    """The likeliest label of `text`, or its number, what each word contributed, and the attention
+    weights. label: of a multi-label model, the one to explain instead.
 
     If the model reads the text in windows, whose logits are averaged, the attribution of a word is
     that in its window divided by the number of windows. The attention maps are of the window with
     the largest margin. Raises ValueError for a model of one class.
     """
     model, names = classifier.model.eval(), classifier.label_names
-    if len(names) < 2:
+    problem = classifier.problem
+    if len(names) < 2 and classifier.problem_type == SINGLE_LABEL:
         raise ValueError(f"the model knows the label {names[0]!r} only; expected at least two")
     special = classifier.tokenizer.special
     every_word, word_of = classifier.tokenizer.words(text)
@@ -148,9 +172,10 @@ def explain(classifier: TextClassifier, text: str) -> Explanation:
     kept = words[first_pieces].tolist()
     every_logits = predict_logits(model, windows, classifier.device)
     logits = every_logits.double().mean(0)
-    order = logits.argsort(descending=True, stable=True).tolist()
-    target, rival = order[0], order[1]
-    margins = (every_logits[:, target] - every_logits[:, rival]).tolist()
+    target, rival = problem.decision(logits)
+    if label is not None and rival is None:
+        target = label
+    margins = _margins(every_logits, target, rival).tolist()
     shown = int(np.argmax(margins))
     with torch.no_grad():
         batch = pack(windows.select(np.array([shown]))).to(classifier.device)
@@ -171,8 +196,8 @@ def explain(classifier: TextClassifier, text: str) -> Explanation:
     n = attention[0].shape[-1] if attention else len(set(in_map.tolist()))
     return Explanation(
         label=names[target],
-        probability=float(logits.softmax(-1)[target]),
-        rival=names[rival],
+        probability=problem.probability(logits, target),
+        rival=None if rival is None else names[rival],
         words=tuple(every_word[k] for k in kept),
         known=~_summed(np.isin(ids.values[places.values], special.reserved), first_pieces),
         attributions=_summed(of_pieces, first_pieces) / len(parts),

@@ -11,8 +11,9 @@ from fasttx.reporting.findings import percent
 from fasttx.terminal import one_line
 
 ATTRIBUTION_NOTE = (
-    "Shades and numbers are integrated gradients (Sundararajan et al., 2017), in logits: what each "
-    "word adds to the lead of the predicted label over the next one, compared with a text of "
+    "Shades and numbers are integrated gradients (Sundararajan et al., 2017): what each word adds, "
+    "in logits, to the lead of the predicted label over the next one, to the label itself where a "
+    "text may have several, or to the number that was fitted, compared with a text of "
     "as many unknown words. Words not in the vocabulary (dotted) add nothing by definition. They "
     "describe this model, not the world, and say little about words that act together."
 )
@@ -67,10 +68,12 @@ def plain(found: Explanation) -> str:
 
 
 def terminal(found: Explanation, colours: bool) -> str:
-    head = f"{one_line(found.label)}  {percent(found.probability, 2)}"
+    sure = "" if found.probability is None else percent(found.probability, 2)
+    head = f"{one_line(found.label)}  {sure or f'{found.margin:.4f}'}"
     foot = (
-        f"margin over {one_line(found.rival)} {found.margin:+.2f}: as many unknown words "
-        f"{found.baseline_margin:+.2f}, these words {found.attributions.sum():+.2f} (logits)"
+        f"{one_line(found.margin_name)} {found.margin:+.2f}: as many unknown words "
+        f"{found.baseline_margin:+.2f}, these words {found.attributions.sum():+.2f}"
+        + (" (logits)" if sure else "")
     )
     body = coloured(found) if colours else plain(found)
     return "\n\n".join(part for part in (head, body, foot) if part)
@@ -97,9 +100,12 @@ def shaded(found: Explanation) -> str:
 def strongest(found: Explanation, count: int = 5) -> str:
     """The strongest words for and against the label."""
     ranked = found.ranked()
+    raising, lowering = f"For {found.label}", "against it"
+    if found.probability is None:
+        raising, lowering = f"Raising {found.label}", "lowering it"
     sides = (
-        (f"For {found.label}", [w for w in ranked if w[1] > 0]),
-        ("against it", [w for w in ranked if w[1] < 0]),
+        (raising, [w for w in ranked if w[1] > 0]),
+        (lowering, [w for w in ranked if w[1] < 0]),
     )
     parts = [
         f"{side}: " + ", ".join(f"“{word}” {value:+.2f}" for word, value in words[:count])
@@ -111,13 +117,13 @@ def strongest(found: Explanation, count: int = 5) -> str:
 
 def article(found: Explanation, about: str) -> str:
     """A text with its label, and its words shaded by attribution."""
-    heading = f"{found.label}, {percent(found.probability)} sure"
+    name = found.margin_name if found.rival is None else f"Margin over {found.rival}"
     sums = (
-        f"Margin over {found.rival}: {found.margin:+.2f}; of as many unknown words: "
+        f"{name}: {found.margin:+.2f}; of as many unknown words: "
         f"{found.baseline_margin:+.2f}; the words add {found.attributions.sum():+.2f}."
     )
     return (
-        f"<article><h3>{escaped(heading)}</h3>{page.paragraph(about, 'kicker')}"
+        f"<article><h3>{escaped(found.heading())}</h3>{page.paragraph(about, 'kicker')}"
         f"{shaded(found)}{strongest(found)}{page.paragraph(sums)}</article>"
     )
 
@@ -138,7 +144,7 @@ def attention(draw: Callable[..., plots.Picture], name: str, what: str, found: E
     )
     if n > plots.MOST_WORDS:
         which = f"of {which}, the {plots.MOST_WORDS} that receive most attention, in their order"
-    heading = f"{what}: {found.label}, {percent(found.probability)} sure; {which}"
+    heading = f"{what}: {found.heading()}; {which}"
     heads = found.attention.shape[1]
     return f"<h3>{escaped(heading)}</h3>" + page.figure(
         drawn, "", f"{max(20, 7 * heads)}rem", f"{14 * heads}rem", wide=heads > 4
@@ -147,7 +153,7 @@ def attention(draw: Callable[..., plots.Picture], name: str, what: str, found: E
 
 def html(found: Explanation, run: str) -> str:
     """One page: the shaded text, every word's number, the attention maps."""
-    heading = f"{found.label}, {percent(found.probability, 2)} sure"
+    heading = found.heading(2)
     maps = attention(plots.picture, "attention", "This text", found)
     rows = [[word, f"{value:+.3f}"] for word, value in found.ranked()]
     body = [
@@ -156,7 +162,7 @@ def html(found: Explanation, run: str) -> str:
         article(found, f"{len(found.words)} words"),
         page.paragraph(ATTRIBUTION_NOTE),
         f"<details><summary>{len(rows)} words by what they add</summary>",
-        page.table(("word", "logits"), rows),
+        page.table(("word", "logits" if found.probability is not None else found.label), rows),
         "</details>",
     ]
     if maps:

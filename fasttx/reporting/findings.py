@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fasttx.training.measures import ACCURACY, Measure
 from fasttx.training.metrics import CALIBRATION_BINS, Metrics, calibration_bins
 from fasttx.training.predictions import Predictions
 
@@ -122,9 +123,17 @@ def accuracy_sentence(metrics: Metrics) -> str:
     )
 
 
-def curves_sentence(history: Sequence[Mapping[str, Any]], best_epoch: int) -> str:
+def shown(measure: Measure, value: float) -> str:
+    """A share in per cent, an error as a number."""
+    return percent(value, 2) if measure.is_share else f"{value:.4f}"
+
+
+def curves_sentence(
+    history: Sequence[Mapping[str, Any]], best_epoch: int, measure: Measure = ACCURACY
+) -> str:
     best = next(row for row in history if row["epoch"] == best_epoch)
-    reached = f"validation accuracy {percent(best['val_accuracy'], 2)}"
+    value = shown(measure, best[f"val_{measure.chosen}"])
+    reached = f"validation {measure.chosen_title} {value}"
     if len(history) == 1:
         return f"One epoch: {reached}"
     said = f"Epoch {best_epoch} of {len(history)} is the best: {reached}"

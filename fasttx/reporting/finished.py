@@ -14,15 +14,17 @@ import numpy as np
 from fasttx import terminal
 from fasttx.errors import CheckpointError, DataError
 from fasttx.load import TextClassifier, load
-from fasttx.reporting.findings import percent
+from fasttx.reporting.findings import shown
 from fasttx.tasks import read_config
 from fasttx.text.splits import TextDataset
+from fasttx.text.targets import TARGETS
 from fasttx.text.token_cache import encode_cached
 from fasttx.training import run as runs
 from fasttx.training.checkpoint import RunConfig, read_json
 from fasttx.training.folder import RunFolder, verified
-from fasttx.training.metrics import Metrics
+from fasttx.training.measures import ACCURACY, Measure
 from fasttx.training.predictions import Predictions
+from fasttx.training.problems import PROBLEMS
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +50,13 @@ class FinishedRun:
         return self.config.label_names
 
     @property
-    def metrics(self) -> Metrics:
-        """The metrics of the test split, from results.json."""
-        values: dict[str, Any] = {
-            k: np.array(v) if isinstance(v, list) else v for k, v in self.results["test"].items()
-        }
-        return Metrics(**values)
+    def metrics(self) -> Any:
+        """The metrics of the test split, from results.json: `problems.AnyMetrics`."""
+        return PROBLEMS[self.config.train.problem_type].metrics_of(self.results["test"])
+
+    @property
+    def measure(self) -> Measure:
+        return PROBLEMS[self.config.train.problem_type].measure
 
     @property
     def samples_per_step(self) -> int:
@@ -90,16 +93,18 @@ def open_run(path: Path, device: str = "auto") -> FinishedRun:
             f"The texts of this run cannot be had any more, so what needs them is missing: {error}"
         )
     predictions = _predictions(folder, config, model, dataset)
-    if predictions and predictions.metrics.accuracy != results["test_accuracy"]:
+    measure = PROBLEMS[config.train.problem_type].measure
+    recorded = results[f"test_{measure.chosen}"]
+    again = getattr(predictions.metrics, measure.chosen) if predictions else recorded
+    if again != recorded:
         notes.append(
-            f"{folder.test_predictions.name} has an accuracy of "
-            f"{percent(predictions.metrics.accuracy, 2)}, results.json of "
-            f"{percent(results['test_accuracy'], 2)}: it was computed again, on another device or "
+            f"{folder.test_predictions.name} has {measure.chosen_title} {shown(measure, again)}, "
+            f"results.json {shown(measure, recorded)}: it was computed again, on another device or "
             "in another precision."
         )
     rows = results["history"]
     if folder.metrics.exists():
-        rows = _rows(folder.metrics)
+        rows = _rows(folder.metrics, measure)
     else:
         notes.append(f"{folder.metrics.name} is gone, so the curves have one point an epoch.")
     texts = dataset.test.texts if dataset else None
@@ -112,7 +117,8 @@ def _predictions(
 ) -> Predictions | None:
     """The saved predictions; an older run has none, so they are computed and saved now."""
     if folder.test_predictions.exists():
-        found = Predictions.load(folder.test_predictions, len(config.label_names))
+        kind = config.train.problem_type
+        found = Predictions.load(folder.test_predictions, len(config.label_names), kind)
         if len(found) != config.dataset["test_samples"] or (
             dataset is not None and not np.array_equal(found.labels, dataset.test.labels)
         ):
@@ -124,7 +130,8 @@ def _predictions(
     if dataset is None:
         return None
     terminal.say(f"predicting the {len(dataset.test.texts):,} test texts once more ...", flush=True)
-    found = Predictions(model.logits(dataset.test.texts).numpy(), dataset.test.labels)
+    logits = model.logits(dataset.test.texts).numpy()
+    found = Predictions(logits, dataset.test.labels, config.train.problem_type)
     found.save(folder)
     return found
 
@@ -133,55 +140,61 @@ def _predictions(
 
 _NUMBER, _COUNT = (int, float), (int,)
 _RESULTS: dict[str, tuple[type, ...]] = {
-    "test_accuracy": _NUMBER, "val_accuracy": _NUMBER, "best_epoch": _COUNT, "seconds": _NUMBER,
+    "best_epoch": _COUNT, "seconds": _NUMBER,
     "samples_per_second": _NUMBER, "peak_memory_mb": (int, float, type(None)),
     "parameters": _COUNT, "attn_backend": (str,), "device": (str,), "precision": (str,),
     "history": (list,), "test": (dict,), "versions": (dict,), "hardware": (dict,),
 }  # fmt: skip
 _EPOCH: dict[str, tuple[type, ...]] = {
-    "epoch": _COUNT, "train_loss": _NUMBER, "train_accuracy": _NUMBER, "val_loss": _NUMBER,
-    "val_accuracy": _NUMBER, "seconds": _NUMBER, "samples_per_second": _NUMBER,
-}  # fmt: skip
-_STEP: dict[str, tuple[type, ...]] = {
-    "epoch": _COUNT, "step": _COUNT, "loss": _NUMBER, "accuracy": _NUMBER,
+    "epoch": _COUNT, "train_loss": _NUMBER, "val_loss": _NUMBER, "seconds": _NUMBER,
     "samples_per_second": _NUMBER,
 }  # fmt: skip
-_TEST = {f.name: f.type for f in dataclasses.fields(Metrics)}
+_STEP: dict[str, tuple[type, ...]] = {
+    "epoch": _COUNT, "step": _COUNT, "loss": _NUMBER, "samples_per_second": _NUMBER,
+}  # fmt: skip
+_UNDEFINED = ("average_precision",)  # of some labels
+
+
+def _epoch(measure: Measure) -> dict[str, tuple[type, ...]]:
+    return {**_EPOCH, f"train_{measure.trained}": _NUMBER, f"val_{measure.chosen}": _NUMBER}
 
 
 def _check_results(path: Path, results: dict[str, Any], config: RunConfig) -> None:
     """Raise CheckpointError for results of a run that a report cannot be made from."""
-    _check(path, "", results, _RESULTS)
+    problem = PROBLEMS[config.train.problem_type]
+    measured = {f"{part}_{problem.measure.chosen}": _NUMBER for part in ("test", "val")}
+    _check(path, "", results, {**measured, **_RESULTS})
     for row in results["history"]:
-        _check(path, " in history", row, _EPOCH)
+        _check(path, " in history", row, _epoch(problem.measure))
     if results["best_epoch"] not in [row["epoch"] for row in results["history"]]:
         raise CheckpointError(
             f"{path}: best_epoch is {results['best_epoch']}, which is none of its history"
         )
     test, classes = results["test"], len(config.label_names)
-    if unknown := test.keys() ^ _TEST.keys():
+    wanted = {f.name: str(f.type) for f in dataclasses.fields(problem.metrics_class)}
+    if unknown := test.keys() ^ wanted.keys():
         raise CheckpointError(
             f"{path}: its test has other names than this version of fasttx writes: "
             f"{', '.join(sorted(map(str, unknown))[:5])}. Use the version that wrote it"
         )
-    for name, kind in _TEST.items():
+    for name, kind in wanted.items():
+        if test[name] is None and "None" in kind:
+            continue
         shape = {"confusion_matrix": (classes, classes)}.get(name, (classes,))
         try:
             value = np.array(test[name], dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {name} of test is {str(test[name])[:60]!r}") from error
-        if value.shape != (shape if kind == "np.ndarray" else ()) or not np.isfinite(value).all():
+        finite = np.isfinite(value) | (np.isnan(value) & (name in _UNDEFINED))
+        if value.shape != (shape if kind == "np.ndarray" else ()) or not finite.all():
             raise CheckpointError(
                 f"{path}: {name} of test has the shape {value.shape}, or numbers that are not "
                 f"finite; expected those of {classes} labels"
             )
-    counts = config.dataset.get("label_counts", {})
-    each = [split.get(name) for split in counts.values() for name in config.label_names]
-    wanted = {"train": 0, "validation": 0, "test": 0}
-    if counts.keys() != wanted.keys() or not all(isinstance(n, int) for n in each):
+    if not TARGETS[config.train.problem_type].is_described(config.dataset, config.label_names):
         raise CheckpointError(
-            f"{path.parent}/config.json: its dataset has no label_counts of train, validation and "
-            "test for each label; expected those of this run"
+            f"{path.parent}/config.json: its dataset has no label_counts (or label_range) of "
+            "train, validation and test for each label; expected those of this run"
         )
     _check(path.parent / "config.json", " in dataset", config.dataset, _DATASET)
 
@@ -206,12 +219,13 @@ def _check(path: Path, where: str, values: Any, wanted: dict[str, tuple[type, ..
             )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, measure: Measure = ACCURACY) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in verified(path).splitlines()]
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as lines of JSON: {error}") from error
     for row in rows:
         kind = row.get("kind") if isinstance(row, dict) else None
-        _check(path, " in a line", row, {"train": _STEP, "epoch": _EPOCH}.get(str(kind), {}))
+        kinds = {"train": {**_STEP, measure.trained: _NUMBER}, "epoch": _epoch(measure)}
+        _check(path, " in a line", row, kinds.get(str(kind), {}))
     return [row for row in rows if row.get("kind") in ("train", "epoch")]

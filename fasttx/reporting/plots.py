@@ -14,6 +14,7 @@ import numpy as np
 from fasttx.errors import PlotsError
 from fasttx.reporting.escaping import escaped, printable
 from fasttx.reporting.findings import LengthBins, Reliability, wilson
+from fasttx.training.measures import ACCURACY, Measure
 from fasttx.training.metrics import Metrics
 
 # matplotlib's, which is imported when there is something to draw.
@@ -115,34 +116,86 @@ def _percent_axis(axis: Any) -> None:
 # --- the pictures ---------------------------------------------------------------------------------
 
 
-def learning_curves(rows: Sequence[Mapping[str, Any]], steps_per_epoch: int, best: int) -> Figure:
-    """Loss and accuracy of the training split between log lines, and of validation by epoch."""
+def learning_curves(
+    rows: Sequence[Mapping[str, Any]], steps_per_epoch: int, best: int, measure: Measure = ACCURACY
+) -> Figure:
+    """Loss and accuracy of the training split between log lines, and of validation by epoch; or
+    what else is measured."""
     figure = _figure(9, 3.2)
     epochs = [row for row in rows if row["kind"] == "epoch"]
     between = [row for row in rows if row["kind"] == "train"]
     at = [row["epoch"] for row in epochs]
-    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    curves = (
+        ("loss", "loss", "Loss"),
+        (measure.trained, measure.chosen, _capital(measure.chosen_title)),
+    )
+    same = measure.trained == measure.chosen
+    for axes, (what, chosen, title) in zip(figure.subplots(1, 2), curves, strict=True):
         if between:
             places = [row["step"] / steps_per_epoch for row in between]
             axes.plot(places, [row[what] for row in between], color=GREY, alpha=0.55, lw=0.9,
                       label="training, between log lines")  # fmt: skip
         axes.plot(at, [row[f"train_{what}"] for row in epochs], "o--", color=ORANGE, lw=1.2,
                   markersize=4, label="training, mean of the epoch")  # fmt: skip
-        axes.plot(at, [row[f"val_{what}"] for row in epochs], "o-", color=BLUE, lw=2,
+        axes.plot(at, [row[f"val_{chosen}"] for row in epochs], "o-", color=BLUE, lw=2,
                   markersize=5, label="validation")  # fmt: skip
         axes.axvline(best, color=GREY, lw=0.8, ls=":")
         axes.annotate("chosen", (best, 0), (-3, 3), xycoords=("data", "axes fraction"),
                       textcoords="offset points", ha="right", va="bottom", color=GREY,
                       fontsize=8)  # fmt: skip
-        axes.set_title(what.capitalize())
+        if what != "loss" and not same:
+            title = f"{title}; in training: {measure.trained_title}"
+        axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.set_xlim(0, at[-1] * 1.03)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if what == "accuracy":
+        if what != "loss" and measure.is_share:
             _percent_axis(axes.yaxis)
         else:
             axes.set_ylim(bottom=0)
+        if what == "loss":
             axes.legend(loc="best")
+    return figure
+
+
+def _capital(title: str) -> str:
+    return title[:1].upper() + title[1:]
+
+
+def label_scores(names: Sequence[str], f1: np.ndarray, average_precision: np.ndarray) -> Figure:
+    """F1 as a bar and average precision as a dot for each label (rows)."""
+    figure = _figure(9, max(1.8, 0.7 + 0.28 * len(names)))
+    axes = figure.subplots()
+    places = np.arange(len(names))
+    axes.barh(places, f1, 0.6, color=BLUE, alpha=0.45, label="F1 (probability at least 0.5)")
+    axes.plot(average_precision, places, "o", color=ORANGE, markersize=5,
+              label="average precision")  # fmt: skip
+    axes.set_yticks(places, [shortened(name, 24) for name in names])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02)
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    _percent_axis(axes.xaxis)
+    return figure
+
+
+def predicted_against_true(predicted: np.ndarray, true: np.ndarray, name: str) -> Figure:
+    """Left: a dot for each text; right: how often an error is how large."""
+    figure = _figure(9, 3.8)
+    left, right = figure.subplots(1, 2)
+    both = np.concatenate([predicted, true])
+    low, high = float(both.min()), float(both.max())
+    left.plot([low, high], [low, high], color=GREY, lw=1, ls="--", label="predicted = true")
+    alpha = float(np.clip(200 / max(len(true), 1), 0.05, 0.6))
+    # Of very many texts an image: each dot would be an element of the page.
+    left.plot(true, predicted, ".", color=BLUE, alpha=alpha, rasterized=len(true) > 2000)
+    left.set_xlabel(f"true {shortened(name, 30)}")
+    left.set_ylabel("predicted")
+    left.legend(loc="upper left")
+    right.hist(predicted - true, bins=40, color=BLUE, alpha=0.6)
+    right.axvline(0, color=GREY, lw=1, ls="--")
+    right.set_xlabel("predicted - true")
+    right.set_ylabel("texts")
     return figure
 
 

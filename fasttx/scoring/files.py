@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from fasttx.errors import DataError
+from fasttx.text.cells import some
 from fasttx.text.disk import reason
-from fasttx.text.tables import TEXT_NAMES, refuse_twice, some
+from fasttx.text.tables import TEXT_NAMES, refuse_twice
 from fasttx.text.textfiles import needs
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 4_000_000

@@ -17,11 +17,11 @@ from fasttx.errors import DataError
 from fasttx.load import TextClassifier, load
 from fasttx.terminal import decoded
 
-LABEL, PROBABILITY = "predicted_label", "predicted_probability"
-
 
 class Scorer:
-    """Adds `predicted_label` and `predicted_probability` to batches that have a column of texts.
+    """Adds `predicted_label` and `predicted_probability` to batches that have a column of texts; of
+    a multi-label run `predicted_labels`, with bars between them, and of a regression
+    `predicted_value`.
 
     The model is read at the first batch, in the process that has it: what travels to workers is the
     folder's name. A text that is missing (None, NaN) is read as an empty one. With
@@ -62,23 +62,20 @@ class Scorer:
     @property
     def added(self) -> list[str]:
         """The columns that it adds."""
-        names = self.classifier.label_names if self.all_probabilities else ()
-        return [LABEL, PROBABILITY, *(f"probability_{name}" for name in names)]
+        return list(self._columns(np.empty((0, len(self.classifier.label_names)))))
+
+    def _columns(self, scores: np.ndarray) -> dict[str, np.ndarray]:
+        found = self.classifier
+        return found.problem.columns(found.label_names, scores, self.all_probabilities)
 
     def score(self, texts: Sequence[Any]) -> dict[str, np.ndarray]:
         """The added columns, one row a text. Raises DataError for what is no text."""
         classifier = self.classifier
         given = [decoded(_text(x, i)) for i, x in enumerate(texts)]
         if not given:
-            return {name: np.empty(0, object if name == LABEL else float) for name in self.added}
+            return self._columns(np.empty((0, len(classifier.label_names))))
         logits = classifier.logits(given, batch_size=self.batch_size)
-        p = logits.double().softmax(-1).numpy()
-        best = p.argmax(-1)
-        names = np.array(classifier.label_names, dtype=object)
-        found = {LABEL: names[best], PROBABILITY: p[np.arange(len(p)), best]}
-        if self.all_probabilities:
-            found |= {f"probability_{name}": p[:, i] for i, name in enumerate(names)}
-        return found
+        return self._columns(classifier.problem.scores(logits).numpy())
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch as `datasets` (lists) and Ray Data (NumPy arrays) hand it over."""

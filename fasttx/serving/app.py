@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import time
@@ -18,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from fasttx.load import TextClassifier
 from fasttx.serving import openapi
 from fasttx.serving.batching import Answer
 from fasttx.serving.limits import Limits, Refused
@@ -130,7 +132,7 @@ class Service:
             said["tokens"] = sum(answer.tokens for answer in answers)
             said["queue_ms"] = round(1e3 * max(answer.waited for answer in answers), 2)
             said["batch_texts"] = max(answer.batch for answer in answers)
-        predictions = [_prediction(model.label_names, answer) for answer in answers]
+        predictions = [_prediction(model.classifier, answer) for answer in answers]
         return JSONResponse({"model": model.name, "predictions": predictions})
 
     async def _explain(self, request: Request) -> Response:
@@ -243,13 +245,10 @@ class Service:
         return texts
 
 
-def _prediction(names: Sequence[str], answer: Answer) -> dict[str, Any]:
-    p = answer.probabilities
-    best = max(range(len(p)), key=p.__getitem__)
+def _prediction(classifier: TextClassifier, answer: Answer) -> dict[str, Any]:
+    said = classifier.problem.prediction(classifier.label_names, answer.scores)
     return {
-        "label": names[best],
-        "probability": p[best],
-        "probabilities": dict(zip(names, p, strict=True)),
+        **dataclasses.asdict(said),
         "tokens": answer.tokens,
         "truncated": answer.truncated,
     }

@@ -34,9 +34,9 @@ log = logging.getLogger("fasttx.serving")
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one text: the probability of each label, and what was read of it."""
+    """Of one text: what the model says (a row of `Problem.scores`), and what was read of it."""
 
-    probabilities: list[float]
+    scores: list[float]
     tokens: int
     truncated: bool
     waited: float  # seconds in the queue
@@ -239,10 +239,11 @@ class Batcher:
             texts += 1
         logits = self.classifier.window_logits(RaggedIds.concatenate(parts))
         rows = mean_of_windows(logits, np.concatenate(owners)).double()
+        scores = self.classifier.problem.scores(rows).tolist()
         finite = rows.isfinite().all(-1).tolist()
         return [
             Answer(p, item.read, item.is_cut, item.waited, texts) if is_finite else None
-            for item, p, is_finite in zip(batch, rows.softmax(-1).tolist(), finite, strict=True)
+            for item, p, is_finite in zip(batch, scores, finite, strict=True)
         ]
 
     def _count(self, batch: list[_Item], seconds: float) -> None:

@@ -60,6 +60,7 @@ class ServedModel:
         return {
             "name": self.name,
             "labels": list(c.label_names),
+            "problem_type": c.problem_type,
             "max_len": c.model.config.max_len,
             "truncation": c.truncation,
             "long_texts": c.long_texts,

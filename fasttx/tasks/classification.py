@@ -1,4 +1,5 @@
-"""Classification: each text has one label. What `python train.py` trains."""
+"""Classification and regression of texts: what `python train.py` trains. What the kinds of problem
+differ in stands in `fasttx.training.problems`."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttx import device as devices
@@ -20,18 +20,19 @@ from fasttx.ops import registry
 from fasttx.tasks.encoder import EncoderTask, machine_text, optimizer_text, size_text
 from fasttx.text import splits as data
 from fasttx.text.duplicates import duplicates_text, overlap_warning
-from fasttx.text.labels import label_table, single_class_warning
 from fasttx.text.packing import PackedBatch, RaggedIds, pack
 from fasttx.text.pieces import AnyTokenizer
 from fasttx.text.reading import drop_words, read
+from fasttx.text.targets import TARGETS
 from fasttx.text.token_cache import encode_cached
 from fasttx.training.checkpoint import Progress
 from fasttx.training.folder import RunFolder
 from fasttx.training.inference import predict_logits, predict_shared
-from fasttx.training.metrics import classification_metrics, format_metrics
+from fasttx.training.measures import Measure
 from fasttx.training.predictions import Predictions, PseudoLabels
+from fasttx.training.problems import PROBLEMS
 from fasttx.training.progress import clock, epoch_table
-from fasttx.training.results import common, time_to_accuracy
+from fasttx.training.results import common
 from fasttx.training.task import Examples, Run, Splits, TaskData
 
 log = logging.getLogger("fasttx")
@@ -94,14 +95,20 @@ class Classification(EncoderTask):
         assert labels is not None
         with devices.autocast(run.device, config.precision):
             logits = model(**batch.model_inputs(), seed=seed).float()
-        smoothing = config.label_smoothing
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
-        likeliest = labels if labels.dim() == 1 else labels.argmax(-1)
-        return loss, (logits.argmax(-1) == likeliest).sum()
+        return PROBLEMS[config.problem_type].loss(logits, labels, config.label_smoothing)
+
+    def begin(self, run: Run, model: Any) -> None:
+        PROBLEMS[run.config.train.problem_type].prepare(
+            model.head.classify, run.splits.train.labels
+        )
+
+    def measures(self, config: TrainConfig) -> Measure:
+        return PROBLEMS[config.problem_type].measure
 
     def measure(self, run: Run, model: nn.Module, examples: Examples) -> tuple[float, float]:
-        metrics = classification_metrics(predict_shared(run, model, examples), examples.labels)
-        return metrics.loss, metrics.accuracy
+        problem = PROBLEMS[run.config.train.problem_type]
+        metrics = problem.metrics(predict_shared(run, model, examples), examples.labels)
+        return metrics.loss, getattr(metrics, problem.measure.chosen)
 
     def results(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
         return {
@@ -113,13 +120,11 @@ class Classification(EncoderTask):
         }
 
     def closing(self, run: Run, results: dict[str, Any]) -> str:
-        folder, dataset, text = run.folder, results["dataset"], results["example"]
+        folder, text = run.folder, results["example"]
         path = shlex.quote(str(folder.path))
         ask = f"fasttx predict {path} {shlex.quote(text)}" if text else f"fasttx evaluate {path}"
         return (
-            f"\n{dataset['name']}: test accuracy {results['test_accuracy']:.2%} on "
-            f"{dataset['test_samples']:,} reviews (epoch {results['best_epoch']}, chosen by "
-            f"validation accuracy {results['val_accuracy']:.2%})\n"
+            f"\n{result_text(run, results, 'reviews')}\n"
             f"trained at {results['samples_per_second']:.1f} samples/s, "
             f"{clock(results['seconds'])}; peak memory {results['peak_memory_mb']:.0f} MB\n"
             f"{folder.results}; try: {ask}"
@@ -152,12 +157,9 @@ def example(run: Run, model: nn.Module) -> str | None:
     if not len(tried):
         return None
     rows = tried if owner is None else np.searchsorted(owner, tried)
-    logits = predict_logits(model, ids.select(rows), run.device)
-    right = (logits.argmax(-1).numpy() == labels[tried]).nonzero()[0]
-    if not len(right):
-        return None
-    surest = logits.double().softmax(-1).amax(-1).numpy()[right].argmax()
-    return run.validation[tried[right[surest]]]
+    logits = predict_logits(model, ids.select(rows), run.device).numpy()
+    sure = PROBLEMS[run.config.train.problem_type].sureness(logits, labels[tried])
+    return run.validation[tried[sure.argmax()]] if sure.max() > -np.inf else None
 
 
 # --- examples -------------------------------------------------------------------------------------
@@ -225,36 +227,48 @@ def _examples(
 
 
 def labels_shown(run: Run) -> list[str]:
-    dataset = run.config.dataset
-    lines = label_table(dataset["label_counts"]), duplicates_text(dataset), warning(dataset)
+    dataset, target = run.config.dataset, TARGETS[run.config.train.problem_type]
+    lines = target.table(dataset), duplicates_text(dataset), warning(run)
     return [line for line in lines if line]
 
 
-def warning(dataset: dict[str, Any]) -> str | None:
-    """Why the test accuracy says little, by what config.json keeps of the data."""
-    found = single_class_warning(dataset["label_counts"]), overlap_warning(dataset)
+def warning(run: Run) -> str | None:
+    """Why what is measured says little, by what config.json keeps of the data."""
+    dataset, target = run.config.dataset, TARGETS[run.config.train.problem_type]
+    found = target.warning(dataset), overlap_warning(dataset)
     return "\n".join(line for line in found if line) or None
+
+
+def result_text(run: Run, results: dict[str, Any], unit: str) -> str:
+    """The measurement on the test split, in a sentence."""
+    dataset, measure = results["dataset"], run.task.measures(run.config.train)
+    test, val = (measure.shown(results[f"{part}_{measure.chosen}"]) for part in ("test", "val"))
+    return (
+        f"{dataset['name']}: test {measure.chosen_title} {test} on {dataset['test_samples']:,} "
+        f"{unit} (epoch {results['best_epoch']}, chosen by validation {measure.chosen_title} {val})"
+    )
 
 
 def measured(run: Run, model: nn.Module, progress: Progress) -> dict[str, Any]:
     """Measure on the test split, save the answers, and return what results.json holds of them."""
     test, best = run.splits.test, progress.best
     assert test is not None and best is not None
-    log.info("\n%s\n", epoch_table(progress.history, best["epoch"]))
+    kind = run.config.train.problem_type
+    problem, measure = PROBLEMS[kind], PROBLEMS[kind].measure
+    log.info("\n%s\n", epoch_table(progress.history, best["epoch"], measure))
     log.info("measuring on the %s test reviews ...", f"{len(test):,}")
-    predictions = Predictions(predict_shared(run, model, test), test.labels)
-    log.info("%s", format_metrics(predictions.metrics, run.config.label_names))
+    predictions = Predictions(predict_shared(run, model, test), test.labels, kind)
+    log.info("%s", problem.format(predictions.metrics, run.config.label_names))
     if run.processes.main:
         predictions.save(run.folder)
     found = predictions.metrics.to_dict()
     return {
-        "test_accuracy": found["accuracy"],
+        f"test_{measure.chosen}": found[measure.chosen],
         "test_loss": found["loss"],
-        "confusion_matrix": found["confusion_matrix"],
+        **problem.more_results(found, progress.history),
         "test": found,
-        "val_accuracy": best["val_accuracy"],
-        "time_to_accuracy": time_to_accuracy(progress.history),
+        f"val_{measure.chosen}": best[f"val_{measure.chosen}"],
         "device": str(run.device),
-        "warning": warning(run.config.dataset),
+        "warning": warning(run),
         **common(run, model, progress),
     }

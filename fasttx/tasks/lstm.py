@@ -13,7 +13,7 @@ from fasttx import device as devices
 from fasttx.config import RECIPES, ModelConfig, TrainConfig
 from fasttx.errors import DeviceError
 from fasttx.models.lstm import LSTMClassifier
-from fasttx.tasks.classification import Classification, labels_shown, measured
+from fasttx.tasks.classification import Classification, labels_shown, measured, result_text
 from fasttx.tasks.encoder import machine_text, optimizer_text
 from fasttx.training.checkpoint import Progress
 from fasttx.training.task import Run
@@ -51,6 +51,9 @@ class LSTM(Classification):
     def model(self, config: ModelConfig) -> nn.Module:
         return LSTMClassifier(config)
 
+    def begin(self, run: Run, model: Any) -> None:
+        return  # its command has no --problem-type: there is nothing to prepare
+
     def heading(self, run: Run, model: nn.Module) -> list[str]:
         t, m = run.config.train, run.config.train.model
         parameters = f"{sum(p.numel() for p in model.parameters()):,} parameters"
@@ -71,11 +74,8 @@ class LSTM(Classification):
         return {"baseline": "lstm", "hidden_size": model.hidden_size, **found}
 
     def closing(self, run: Run, results: dict[str, Any]) -> str:
-        dataset = results["dataset"]
         return (
-            f"\n{dataset['name']}: test accuracy {results['test_accuracy']:.2%} on "
-            f"{dataset['test_samples']:,} texts (epoch {results['best_epoch']}, chosen by "
-            f"validation accuracy {results['val_accuracy']:.2%})\n"
+            f"\n{result_text(run, results, 'texts')}\n"
             f"trained at {results['samples_per_second']:.1f} samples/s; {run.folder.results}"
         )
 

@@ -44,6 +44,7 @@ class MaskedLM(EncoderTask):
             text_column=config.text_column,
             label_column=config.label_column,
             unlabelled=config.unlabelled,
+            problem_type=config.problem_type,
         )
         order = np.random.default_rng([config.seed, _HELD_OUT_STREAM]).permutation(len(texts))
         size = min(HELD_OUT, len(texts) // 10)

@@ -14,9 +14,10 @@ from typing import Any
 
 from fasttx.errors import DataError
 from fasttx.text import demo
+from fasttx.text.cells import some
 from fasttx.text.disk import is_file, located, reason
 from fasttx.text.folders import SPLITS, UNLABELLED_SPLITS, Corpus, folder_corpus, name_of
-from fasttx.text.tables import Rows, Table, some, table_rows, table_texts
+from fasttx.text.tables import Columns, Rows, Table, table_rows, table_texts
 from fasttx.text.textfiles import KINDS, file_rows, kind_of, needs
 
 ENVIRONMENT = "FASTTX_DATA"
@@ -39,6 +40,13 @@ def resolve(dataset: str) -> Source:
     reached, else the built-in corpus.
     """
     if dataset == "imdb" or dataset in demo.NAMES:
+        return Source(dataset)
+    if dataset == IN_PYTHON:
+        if not _held:
+            raise DataError(
+                "it was trained on an object in Python, which is not here: go on with it by "
+                "fasttx.train(dataset, resume=...)"
+            )
         return Source(dataset)
     if dataset != "auto":
         path = located(dataset) if dataset.strip() else None
@@ -71,7 +79,7 @@ def _unmissable(reason: str) -> tuple[str, ...]:
     return ("*" * 96, *(f"*  {line:90}  *" for line in textwrap.wrap(text, 90)), "*" * 96)
 
 
-def read_corpus(name: str, text_column: str | None, label_column: str | None) -> Corpus:
+def read_corpus(name: str, columns: Columns) -> Corpus:
     """The dataset of a resolved `name`. Raises DataError."""
     if name in demo.NAMES:
         return _demo_corpus(demo.NAMES[name])
@@ -83,7 +91,12 @@ def read_corpus(name: str, text_column: str | None, label_column: str | None) ->
                 f"IMDB could not be had: {error}. Connect to the network once, or pass the folder "
                 "of a copy (--dataset PATH), or use the built-in corpus (--dataset demo)"
             ) from error
-        return _datasets_corpus("imdb", HUB_NAME, found, text_column, label_column)
+        return _datasets_corpus("imdb", HUB_NAME, found, columns)
+    if name == IN_PYTHON:
+        info = getattr(next(iter(_held.values())), "info", None)
+        return _datasets_corpus(
+            getattr(info, "dataset_name", None) or "dataset", "the dataset", dict(_held), columns
+        )
     path = Path(name)
     if is_file(path):
         kind = kind_of(path)
@@ -91,12 +104,47 @@ def read_corpus(name: str, text_column: str | None, label_column: str | None) ->
             raise DataError(
                 f"{path} is of an unknown kind; expected {', '.join(KINDS)}, or a folder"
             )
-        splits = {"train": lambda: file_rows([path], text_column, label_column)}
+        splits = {"train": lambda: file_rows([path], columns)}
         return Corpus(path.name[: -len(kind)] or path.name, str(path), splits)
     if is_file(path / "dataset_dict.json") or is_file(path / "state.json"):
         found = _saved_splits(path)
-        return _datasets_corpus(name_of(path), str(path), found, text_column, label_column)
-    return folder_corpus(path, text_column, label_column)
+        return _datasets_corpus(name_of(path), str(path), found, columns)
+    return folder_corpus(path, columns)
+
+
+# --- objects in Python ----------------------------------------------------------------------------
+
+IN_PYTHON = "a dataset in Python"  # what config.json has instead of a path
+_held: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def holding(dataset: Any) -> Iterator[str | None]:
+    """Inside, `dataset` can be read under the name that this yields: an object of `datasets` (a
+    Dataset, or a dictionary of them by split), else a name or path as it is.
+
+    Raises DataError for anything else.
+    """
+    if dataset is None or isinstance(dataset, str | os.PathLike):
+        yield None if dataset is None else os.fspath(dataset)
+        return
+    splits = dict(dataset) if isinstance(dataset, dict) else {"train": dataset}
+    for name, split in splits.items():
+        if not (
+            hasattr(split, "select_columns")
+            and hasattr(split, "features")
+            and hasattr(split, "__len__")
+        ):
+            raise DataError(
+                f"dataset {f'has the split {name!r}, which ' if len(splits) > 1 else ''}is a "
+                f"{type(split).__name__}; expected a name, a path, a datasets.Dataset, or a "
+                "DatasetDict of them"
+            )
+    _held.update(splits)
+    try:
+        yield IN_PYTHON
+    finally:
+        _held.clear()
 
 
 def version(name: str) -> dict[str, Any]:
@@ -190,19 +238,17 @@ def _saved_splits(folder: Path) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {"train": found}
 
 
-def _datasets_corpus(
-    name: str, where: str, found: dict[str, Any], text_column: str | None, label_column: str | None
-) -> Corpus:
+def _datasets_corpus(name: str, where: str, found: dict[str, Any], columns: Columns) -> Corpus:
     def rows(split: str) -> Rows:
         table = _dataset_table(found[split], f"{where} ({split})")
-        return table_rows(table, text_column, label_column)
+        return table_rows(table, columns)
 
     known: dict[str, Callable[[], Rows]] = {
         SPLITS[k]: functools.partial(rows, k) for k in found if k in SPLITS
     }
     unlabelled: dict[str, Callable[[], list[str]]] = {
         f"{where} ({k})": functools.partial(
-            lambda k: table_texts(_dataset_table(found[k], f"{where} ({k})"), text_column), k
+            lambda k: table_texts(_dataset_table(found[k], f"{where} ({k})"), columns.text), k
         )
         for k in found
         if k in UNLABELLED_SPLITS
@@ -220,7 +266,8 @@ def _dataset_table(dataset: Any, where: str) -> Table:
     features = dataset.features
 
     def class_names(column: str) -> list[str] | None:
-        names = getattr(features[column], "names", None)
+        feature = getattr(features[column], "feature", features[column])  # of a list
+        names = getattr(feature, "names", None)
         return list(names) if names else None
 
     def read(column: str) -> list[Any]:

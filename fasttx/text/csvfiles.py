@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from fasttx.errors import DataError
+from fasttx.text.cells import NUMBER, shown, some
 from fasttx.text.disk import file_text
-from fasttx.text.tables import NUMBER, Table, refuse_twice, shown, some
+from fasttx.text.tables import Table, refuse_twice
 
 
 def _csv_rows(text: str, delimiter: str, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:

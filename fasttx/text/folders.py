@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fasttx.errors import DataError
+from fasttx.text.cells import some
 from fasttx.text.disk import is_file, is_folder, listed, refuse_dangling
-from fasttx.text.tables import Rows, some
+from fasttx.text.tables import Columns, Rows
 from fasttx.text.textfiles import KINDS, file_rows, file_texts, kind_of
 from fasttx.text.trees import (
     UNLABELLED,
@@ -105,7 +106,7 @@ def _look(folder: Path) -> _Held:
     return held
 
 
-def folder_corpus(folder: Path, text_column: str | None, label_column: str | None) -> Corpus:
+def folder_corpus(folder: Path, columns: Columns) -> Corpus:
     """The dataset that a folder holds, or the only one below it. Raises DataError."""
     root, held, notes = folder, _look(folder), []
     if not held:
@@ -128,11 +129,11 @@ def folder_corpus(folder: Path, text_column: str | None, label_column: str | Non
         if files or tree:
             _check_one_file(folder, split, files, tree)
         if files:
-            splits[split] = functools.partial(file_rows, files, text_column, label_column)
+            splits[split] = functools.partial(file_rows, files, columns)
         elif tree:
-            splits[split] = functools.partial(tree_rows, tree[0])
+            splits[split] = functools.partial(tree_rows, tree[0], columns.problem_type)
     unlabelled: dict[str, Callable[[], list[str]]] = {
-        str(p): functools.partial(file_texts, p, text_column)
+        str(p): functools.partial(file_texts, p, columns.text)
         if is_file(p)
         else functools.partial(folder_texts, p)
         for p in held.unlabelled

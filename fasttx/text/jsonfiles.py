@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fasttx.errors import DataError
+from fasttx.text.cells import shown, some
 from fasttx.text.disk import file_text
-from fasttx.text.tables import Table, shown, some
+from fasttx.text.tables import Table
 
 
 def json_table(path: Path, lines: bool = False) -> Table:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fasttx.errors import DataError
-from fasttx.text.tables import NUMBER, Label, Rows, some
+from fasttx.text.cells import NUMBER, Label, some
+from fasttx.text.tables import Rows
 
 IMDB_NAMES = ["negative", "positive"]  # of the labels 0 and 1
 PLAIN_NAMES = {"neg": "negative", "pos": "positive"}
@@ -208,11 +209,16 @@ _MOST_SHOWN = 20  # labels, in one line
 def label_table(counts: Counts) -> str:
     """Texts by split and label, to be read before any accuracy."""
     return "\n".join(
-        f"{split:>10}: {sum(labels.values()):6d} reviews  ("
-        + ", ".join(f"{n} {label}" for label, n in list(labels.items())[:_MOST_SHOWN])
-        + (f" and {len(labels) - _MOST_SHOWN:,} labels more)" if len(labels) > _MOST_SHOWN else ")")
-        for split, labels in counts.items()
+        f"{split:>10}: {sum(found.values()):6d} reviews  ({counted(found)}"
+        for split, found in counts.items()
     )
+
+
+def counted(found: Mapping[str, int]) -> str:
+    """`2 bad, 3 good)`: the texts of each label, the first ones of many."""
+    shown = ", ".join(f"{n} {label}" for label, n in list(found.items())[:_MOST_SHOWN])
+    more = len(found) - _MOST_SHOWN
+    return f"{shown} and {more:,} labels more)" if more > 0 else f"{shown})"
 
 
 def single_class_warning(counts: Counts) -> str | None:

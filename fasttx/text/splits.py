@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fasttx.config import TrainConfig
+from fasttx.config import SINGLE_LABEL, TrainConfig
 from fasttx.errors import DataError
-from fasttx.text import duplicates, labels
+from fasttx.text import duplicates
+from fasttx.text.cells import shown
 from fasttx.text.corpora import Source, read_corpus, resolve, version
 from fasttx.text.folders import Corpus
 from fasttx.text.subsets import draw_first, draw_stratified
-from fasttx.text.tables import blank_note
+from fasttx.text.tables import Columns, blank_note
+from fasttx.text.targets import TARGETS
 
 __all__ = [
     "Source",
@@ -38,7 +40,8 @@ _TRAIN_STREAM, _TEST_STREAM, _HELD_OUT_STREAM, _VALIDATION_STREAM = range(4)
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """n texts, and their labels: (n,) int64, indices into the dataset's `label_names`.
+    """n texts, and their labels: (n,) int64, indices into the dataset's `label_names`; of other
+    problems than single-label ones as `fasttx.text.targets` has them.
 
     notes: lines to show, where a split was read by itself.
     """
@@ -67,6 +70,7 @@ class TextDataset:
     fingerprint: str
     label_numbers: list[int] | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+    problem_type: str = SINGLE_LABEL
 
     def count_duplicates(self, **more: Sequence[str]) -> dict[str, duplicates.Counts]:
         """How many texts occur twice, and in several splits: `fasttx.text.duplicates.count`."""
@@ -87,7 +91,9 @@ class TextDataset:
             "train_samples": len(self.train.texts),
             "val_samples": len(self.validation.texts),
             "test_samples": len(self.test.texts),
-            "label_counts": {k: s.label_counts(self.label_names) for k, s in splits.items()},
+            **TARGETS[self.problem_type].described(
+                {name: split.labels for name, split in splits.items()}, self.label_names
+            ),
             "label_numbers": self.label_numbers,
             "duplicates": self.duplicates,
             "fingerprint": self.fingerprint,
@@ -105,14 +111,15 @@ def load(config: TrainConfig) -> TextDataset:
     split, or a tenth of train is held out. Raises DataError.
     """
     source = resolve(config.dataset)
-    corpus = read_corpus(source.name, config.text_column, config.label_column)
+    columns = Columns(config.text_column, config.label_column, config.problem_type)
+    corpus, target = read_corpus(source.name, columns), TARGETS[config.problem_type]
     if "train" not in corpus.splits:
         raise DataError(
             f"{corpus.where} has no train split; {corpus.held}. Expected train.parquet, .csv, "
             ".tsv or .jsonl, or a folder train with a folder for each label"
         )
     rows = {name: read() for name, read in corpus.splits.items()}
-    label_names, codes, numbers, label_notes = labels.numbered(rows, corpus.name)
+    label_names, codes, numbers, label_notes = target.numbered(rows, corpus.name)
     given = {name: Split(r.texts, codes[name]) for name, r in rows.items()}
     notes = [*source.notes, *corpus.notes]
     if corpus.unlabelled and config.pseudo_labels is None:
@@ -131,7 +138,7 @@ def load(config: TrainConfig) -> TextDataset:
         rng = np.random.default_rng([config.seed_of_splits, _HELD_OUT_STREAM])
         sizes = _tenth(len(train.labels), corpus.where)
         # In the order of the file, which `subset_order` may ask for.
-        kept, held_out = map(np.sort, draw_stratified(train.labels, sizes, rng))
+        kept, held_out = map(np.sort, draw_stratified(target.strata(train.labels), sizes, rng))
         notes.append(f"{corpus.where} has no test split: {sizes[1]:,} of its rows are held out")
         train, test = _take(train, kept), _take(train, held_out)
 
@@ -151,11 +158,14 @@ def load(config: TrainConfig) -> TextDataset:
 
     splits = {"train": train, "validation": validation, "test": test}
     if not config.allow_single_class:
-        _check_classes(splits, pools, label_names, config.subset_order)
+        if config.problem_type == SINGLE_LABEL:
+            _check_classes(splits, pools, label_names, config.subset_order)
+        else:
+            _check_varied(splits)
     fingerprint = _fingerprint(splits.values())
     return TextDataset(
         corpus.name, label_names, train, validation, test, notes, fingerprint, numbers,
-        version(source.name),
+        version(source.name), config.problem_type,
     )  # fmt: skip
 
 
@@ -173,13 +183,14 @@ def load_texts(
     text_column: str | None = None,
     label_column: str | None = None,
     unlabelled: bool = True,
+    problem_type: str = SINGLE_LABEL,
 ) -> tuple[list[str], list[str]]:
     """The texts to pretrain on, and notes on where they come from. Raises DataError.
 
     These are train's and, if `unlabelled`, those without labels; never those of a validation or
     test split of the dataset. name: as `resolve` gives it.
     """
-    corpus = read_corpus(name, text_column, label_column)
+    corpus = read_corpus(name, Columns(text_column, label_column, problem_type))
     reads: dict[str, Callable[[], list[str]]] = {**corpus.unlabelled} if unlabelled else {}
     if train := corpus.splits.get("train"):
         reads = {f"{corpus.where} (train)": lambda: train().texts, **reads}
@@ -199,7 +210,7 @@ def load_texts(
 def load_unlabelled(name: str, text_column: str | None = None) -> tuple[list[str], list[str]]:
     """The texts of a dataset without labels, and notes on where they come from. Raises DataError
     if it has none."""
-    corpus = read_corpus(name, text_column, None)
+    corpus = read_corpus(name, Columns(text_column))
     texts, notes = _read_all(corpus.unlabelled)
     if not texts:
         raise DataError(
@@ -227,15 +238,18 @@ def load_for_evaluation(
     text_column: str | None = None,
     label_column: str | None = None,
     split: str = "test",
+    problem_type: str = SINGLE_LABEL,
 ) -> Split:
-    """One split, its labels as indices into a saved model's `label_names`.
+    """One split, its labels as those of a saved model: indices into its `label_names`, or what
+    another `problem_type` has.
 
     If there is no test split, this is validation, or the only split; a single file is one split.
     label_numbers: those of the dataset that the model was trained on, from its config.json; where
     they are not known, numbers are no names of classes (see `labels.numbered_as_saved`). Raises
     DataError, also for a label that the model does not know.
     """
-    corpus = read_corpus(resolve(str(path_or_name)).name, text_column, label_column)
+    columns = Columns(text_column, label_column, problem_type)
+    corpus, target = read_corpus(resolve(str(path_or_name)).name, columns), TARGETS[problem_type]
     order = [split, "validation"] if split == "test" else [split]
     found = [name for name in order if name in corpus.splits]
     if not found and len(corpus.splits) == 1:
@@ -243,7 +257,7 @@ def load_for_evaluation(
     if not found:
         raise DataError(f"{corpus.where} has no {split} split; {corpus.held}")
     rows = corpus.splits[found[0]]()
-    numbers, notes = labels.numbered_as_saved(rows, label_names, label_numbers)
+    numbers, notes = target.numbered_as_saved(rows, label_names, label_numbers)
     return Split(rows.texts, numbers, [*corpus.notes, *rows.notes, *notes])
 
 
@@ -259,7 +273,8 @@ def _fingerprint(splits: Iterable[Split]) -> str:
             data = text.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
-        digest.update(split.labels.astype("<i8").tobytes())
+        kind = "<i8" if np.issubdtype(split.labels.dtype, np.integer) else "<f4"
+        digest.update(split.labels.astype(kind).tobytes())
     return digest.hexdigest()
 
 
@@ -275,7 +290,8 @@ def _draw(split: Split, sizes: Sequence[int], config: TrainConfig, stream: int) 
         subsets = draw_first(split.labels, sizes)
     else:
         rng = np.random.default_rng([config.seed_of_splits, stream])
-        subsets = draw_stratified(split.labels, sizes, rng)
+        strata = TARGETS[config.problem_type].strata(split.labels)
+        subsets = draw_stratified(strata, sizes, rng)
     return [_take(split, rows) for rows in subsets]
 
 
@@ -332,3 +348,15 @@ def _check_classes(
             f"answers {name!r} scores 100 % on it, so accuracy would mean nothing. {why}. "
             f"{remedy}, or pass --allow-single-class to go on all the same"
         )
+
+
+def _check_varied(splits: dict[str, Split]) -> None:
+    """Raise DataError for a split whose texts all have the same labels, or the same number."""
+    for which, split in splits.items():
+        if len(split.labels) > 1 and (split.labels == split.labels[0]).all():
+            raise DataError(
+                f"all {len(split.labels):,} texts of the {which} split have the same label "
+                f"({shown(split.labels[0].tolist())}): a model that always gives it scores best, "
+                "so what is measured would mean nothing. Use data that has several, or pass "
+                "--allow-single-class to go on all the same"
+            )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any
 
+from fasttx.config import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from fasttx.errors import DataError
-
-Label = int | str
+from fasttx.text.cells import CELLS, as_flag, shown, some, why_no_label
 
 TEXT_NAMES = (
     "text", "review", "sentence", "content", "body", "document", "comment", "message", "tweet",
@@ -23,35 +20,27 @@ LABEL_NAMES = (
 )  # fmt: skip
 ROW_NUMBERS = ("", "id", "idx", "index", "unnamed: 0", "__index_level_0__")
 
-NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})(?:\.0+)?")
-# What a cell of CSV means by a number: as JSON and parquet, which know numbers from words, hold it.
-# 007 is a word.
-_INTEGER = re.compile(r"[+-]?(?:0|[1-9][0-9]{0,99})")
-_NUMERAL = re.compile(
-    r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf|infinity)", re.IGNORECASE
-)
-_PADDED = re.compile(r"[+-]?0[0-9]+")
-_EXACT = 2**53  # beyond it a float is no certain integer
-
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The texts and labels of one split, labels as the file writes them (numerals are integers)."""
+    """The texts and labels of one split, labels as the file writes them (numerals are integers): by
+    the kind of problem each is an integer or a word, a tuple of these, or a number."""
 
     texts: list[str]
-    labels: list[Label]
+    labels: list[Any]
     where: str
     label_names: list[str] | None = None  # of integer labels, where the file gives them
     notes: list[str] = field(default_factory=list)
 
 
-def some(values: Sequence[Any], limit: int = 10) -> str:
-    names = ", ".join(_cut(repr(v), 100) for v in values[:limit])
-    return names if len(values) <= limit else f"{names} and {len(values) - limit:,} more"
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold the texts and the labels (None: they are found), and what a label is, by
+    its name in `config.PROBLEM_TYPES`."""
 
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
+    text: str | None = None
+    label: str | None = None
+    problem_type: str = SINGLE_LABEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,22 +60,30 @@ class Table:
     notes: Sequence[str] = ()
 
 
-def _find_columns(
-    table: Table, text_column: str | None, label_column: str | None
-) -> tuple[str, str]:
+def _find_columns(table: Table, asked: Columns) -> tuple[str, list[str]]:
+    """The column of texts, and that of labels; or those that are named, of several labels."""
     columns = table.kinds
-    shown = f"{table.where} has the columns {some(list(columns), 30)}"
-    for flag, name in (("--text-column", text_column), ("--label-column", label_column)):
+    shown_columns = f"{table.where} has the columns {some(list(columns), 30)}"
+    wanted = [] if asked.label is None else [asked.label]
+    if asked.label is not None and asked.label not in columns and "," in asked.label:
+        wanted = [name.strip() for name in asked.label.split(",")]
+        if asked.problem_type != MULTI_LABEL:
+            raise DataError(
+                f"--label-column is {asked.label!r}: several columns are read with --problem-type "
+                f"{MULTI_LABEL} only; expected one of {some(list(columns), 30)}"
+            )
+        refuse_twice("--label-column", wanted)
+    for flag, name in (("--text-column", asked.text), *(("--label-column", n) for n in wanted)):
         if name is not None and name not in columns:
-            raise DataError(f"{shown}; {flag} is {name!r}, which is none of them")
-    if text_column is not None and text_column == label_column:
+            raise DataError(f"{shown_columns}; {flag} is {name!r}, which is none of them")
+    if asked.text is not None and asked.text in wanted:
         raise DataError(
-            f"--text-column and --label-column are both {text_column!r}: a model that reads the "
-            f"label learns nothing else. {shown}; name two of them"
+            f"--text-column and --label-column are both {asked.text!r}: a model that reads the "
+            f"label learns nothing else. {shown_columns}; name two of them"
         )
 
     free = [c for c in columns if c.lower() not in ROW_NUMBERS]
-    free = [c for c in free if c not in (text_column, label_column)]
+    free = [c for c in free if c != asked.text and c not in wanted]
 
     def known(names: tuple[str, ...]) -> str | None:
         return next((c for name in names for c in free if c.lower() == name), None)
@@ -94,17 +91,17 @@ def _find_columns(
     def only(candidates: list[str]) -> str | None:
         return candidates[0] if len(candidates) == 1 else None
 
-    label = label_column or known(LABEL_NAMES)
-    text = text_column or known(TEXT_NAMES)
+    label = wanted[0] if wanted else known(LABEL_NAMES)
+    text = asked.text or known(TEXT_NAMES)
     text = text or only([c for c in free if c != label and columns[c]])
     label = label or only([c for c in free if c != text])
     for flag, found, what in (
         ("--text-column", text, "texts"), ("--label-column", label, "labels")
     ):  # fmt: skip
         if found is None:
-            raise DataError(f"{shown}; which of them holds the {what}? Name it with {flag}")
+            raise DataError(f"{shown_columns}; which of them holds the {what}? Name it with {flag}")
     assert text is not None and label is not None
-    return text, label
+    return text, wanted or [label]
 
 
 def refuse_twice(where: str, columns: Sequence[str]) -> None:
@@ -147,57 +144,47 @@ def blank_note(texts: Sequence[str], where: str, place: Callable[[int], str]) ->
     return [f"{where}: {said}, the first in {place(blank[0])}"]
 
 
-def as_label(value: Any) -> Label | None:
-    """A label as integer or as the word that the file has; None if it is neither."""
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, int):
-        return value if abs(value) < 10**100 else None
-    if isinstance(value, Decimal):
-        return as_label(float(value))
-    if isinstance(value, float):
-        return int(value) if abs(value) < _EXACT and value == int(value) else None
-    if not isinstance(value, str) or not value.strip():
-        return None
-    numeral = value.strip()
-    if _INTEGER.fullmatch(numeral):
-        return int(numeral)
-    if _NUMERAL.fullmatch(numeral) and not _PADDED.fullmatch(numeral):
-        return as_label(float(numeral))
-    return value
-
-
-def why_no_label(value: Any) -> str:
-    """What a value is that `as_label` does not take, alike for a number and for the text of one."""
-    if isinstance(value, Decimal) or (isinstance(value, str) and value.strip()):
-        value = float(value)
-    if isinstance(value, float):
-        if math.isnan(value):
-            return "missing (nan)"
-        return f"{value:g}, which is no integer" if abs(value) < _EXACT else f"{value:g}"
-    return shown(value)
-
-
-def table_rows(table: Table, text_column: str | None, label_column: str | None) -> Rows:
-    text, label = _find_columns(table, text_column, label_column)
+def table_rows(table: Table, columns: Columns) -> Rows:
+    text, found = _find_columns(table, columns)
     texts = _texts(table, text)
-    labels: list[Label] = []
-    for row, value in enumerate(table.read(label)):
-        found = as_label(value)
+    named = len(found) > 1 or columns.problem_type == REGRESSION  # the columns name the labels
+    names = found if named else table.class_names(found[0])
+    if len(found) > 1:
+        labels = _flagged(table, found)
+    else:
+        labels = _labels(table, found[0], columns.problem_type)
+    notes = [*table.notes, *blank_note(texts, table.where, table.place)]
+    if (text, *found) != ("text", "label"):
+        shown_names = ", ".join(map(repr, found))
+        notes.append(f"columns: the texts are in {text!r}, the labels in {shown_names}")
+    return Rows(texts, labels, table.where, names, notes)
+
+
+def _labels(table: Table, column: str, problem_type: str) -> list[Any]:
+    cell, labels = CELLS[problem_type], []
+    for row, value in enumerate(table.read(column)):
+        found = cell.read(value)
         if found is None:
             raise DataError(
-                f"{table.where}, {table.place(row)}: the label (column {label!r}) is "
-                f"{why_no_label(value)}; expected an integer or a word. Mend or remove that row, "
+                f"{table.where}, {table.place(row)}: the label (column {column!r}) is "
+                f"{why_no_label(value)}; expected {cell.expected(value)}. Mend or remove that row, "
                 "or name another --label-column"
             )
         labels.append(found)
-    notes = [*table.notes, *blank_note(texts, table.where, table.place)]
-    if (text, label) != ("text", "label"):
-        notes.append(f"columns: the texts are in {text!r}, the labels in {label!r}")
-    return Rows(texts, labels, table.where, table.class_names(label), notes)
+    return labels
 
 
-def shown(value: Any) -> str:
-    if value is None or value != value or (isinstance(value, str) and not value.strip()):
-        return "missing"
-    return _cut(repr(value), 60)
+def _flagged(table: Table, columns: Sequence[str]) -> list[Any]:
+    """Of columns of 0 and 1, one a label: the numbers of those that are 1."""
+    labels: list[list[int]] = [[] for _ in table.read(columns[0])]
+    for number, column in enumerate(columns):
+        for row, value in enumerate(table.read(column)):
+            flag = as_flag(value)
+            if flag is None:
+                raise DataError(
+                    f"{table.where}, {table.place(row)}: the label {column!r} is {shown(value)}; "
+                    "expected 0 or 1, for --label-column names several columns"
+                )
+            if flag:
+                labels[row].append(number)
+    return [tuple(row) for row in labels]

@@ -16,7 +16,7 @@ from fasttx.errors import DataError
 from fasttx.text.csvfiles import csv_table
 from fasttx.text.disk import head_of, reason, refuse_foreign
 from fasttx.text.jsonfiles import json_table
-from fasttx.text.tables import Rows, Table, refuse_twice, table_rows, table_texts
+from fasttx.text.tables import Columns, Rows, Table, refuse_twice, table_rows, table_texts
 
 
 def needs(package: str, why: str) -> str:
@@ -61,9 +61,10 @@ def _parquet_table(path: Path) -> Table:
     def class_names(column: str) -> list[str] | None:
         """From the metadata that `datasets` writes into the schema."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-            if features[column]["_type"] == "ClassLabel":
-                return [str(name) for name in features[column]["names"]]
+            feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+            feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+            if feature["_type"] == "ClassLabel":
+                return [str(name) for name in feature["names"]]
         return None
 
     kinds = {f.name: is_text(f.type) for f in schema}
@@ -91,9 +92,9 @@ def _table(path: Path) -> Table:
     return READERS[kind.removesuffix(".gz")](path)
 
 
-def file_rows(paths: list[Path], text_column: str | None, label_column: str | None) -> Rows:
+def file_rows(paths: list[Path], columns: Columns) -> Rows:
     """Texts and labels of one file, or of all shards of one split. Raises DataError."""
-    parts = [table_rows(_table(p), text_column, label_column) for p in paths]
+    parts = [table_rows(_table(p), columns) for p in paths]
     first = parts[0]
     if len(parts) == 1:
         return first

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fasttx.errors import DataError
+from fasttx.text.cells import CELLS, why_no_label
 from fasttx.text.disk import bytes_of, is_folder, listed, refuse_dangling, utf8
-from fasttx.text.tables import Label, Rows, as_label, blank_note, why_no_label
+from fasttx.text.tables import Rows, blank_note
 
 UNLABELLED = "unsup"  # of the original IMDB archive
 
@@ -41,17 +43,18 @@ def holds_texts(folder: Path) -> bool:
     return is_folder(folder) and bool(text_files(folder)[0])
 
 
-def tree_rows(folder: Path) -> Rows:
+def tree_rows(folder: Path, problem_type: str) -> Rows:
     """Texts and labels of <label>/*.txt; the name of a folder is the label of its texts."""
     paths: list[Path] = []
-    labels: list[Label] = []
+    cell = CELLS[problem_type]
+    labels: list[Any] = []
     notes: list[str] = []
     for label in tree_labels(folder)[0]:
-        name = as_label(label.name)
+        name = cell.read(label.name)
         if name is None:
             raise DataError(
                 f"{label}: the name of the folder is the label of its texts, and it is "
-                f"{why_no_label(label.name)}; expected an integer or a word"
+                f"{why_no_label(label.name)}; expected {cell.expected(label.name)}"
             )
         found, others = text_files(label)
         paths += found

@@ -63,7 +63,8 @@ class Progress:
     batch: int = 0  # batches of this epoch that are done
     micro_step: int = 0  # forward passes since the start of the run
     step: int = 0  # optimiser steps since the start of the run
-    # Of this epoch: sum of losses, correct answers, labels, samples; and at the last log line.
+    # Of this epoch: sums of the losses and of what is measured, labels, samples; and the same at
+    # the last log line.
     totals: list[float] = field(default_factory=lambda: [0.0] * 4)
     logged: list[float] = field(default_factory=lambda: [0.0] * 4)
     epoch_seconds: float = 0.0  # training only, evaluation not counted
@@ -72,6 +73,8 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     metrics_bytes: int = 0  # length of metrics.jsonl, to cut off what a kill left behind
     metrics_sha256: str | None = None  # of these bytes
+    chosen: str = "accuracy"  # the measure by which the best epoch is chosen
+    more_is_better: bool = True
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Progress:
@@ -91,8 +94,9 @@ class Progress:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The epoch with the highest validation accuracy, then the lowest validation loss."""
-        return max(self.history, key=lambda e: (e["val_accuracy"], -e["val_loss"]), default=None)
+        """The epoch of the best `chosen` on validation, then of the lowest validation loss."""
+        sign, name = 1 if self.more_is_better else -1, f"val_{self.chosen}"
+        return max(self.history, key=lambda e: (sign * e[name], -e["val_loss"]), default=None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def classification_metrics(logits: ArrayLike, labels: ArrayLike) -> Metrics:
     class. Among equal logits the first class is predicted. Computed in float64.
     Raises ValueError for shapes, labels or logits (NaN, inf) that cannot be measured.
     """
-    scores, truth = _checked(np.asarray(logits), np.asarray(labels))
+    scores = checked_logits(np.asarray(logits))
+    truth = _checked_labels(np.asarray(labels), scores.shape)
     n, classes = scores.shape
     every = np.arange(n)
 
@@ -60,14 +61,14 @@ def classification_metrics(logits: ArrayLike, labels: ArrayLike) -> Metrics:
     cells = np.bincount(truth * classes + predicted, minlength=classes * classes)
     confusion = cells.reshape(classes, classes)
     hits, support, chosen = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    f1 = _ratio(2 * hits, support + chosen)
+    f1 = ratio(2 * hits, support + chosen)
     return Metrics(
         n=n,
         accuracy=float(correct.mean()),
         loss=float(-log_probabilities[every, truth].mean()),
         confusion_matrix=confusion,
-        precision=_ratio(hits, chosen),
-        recall=_ratio(hits, support),
+        precision=ratio(hits, chosen),
+        recall=ratio(hits, support),
         f1=f1,
         support=support,
         macro_f1=float(f1.mean()),
@@ -85,7 +86,8 @@ def log_softmax(logits: ArrayLike) -> np.ndarray:
     return log_probabilities
 
 
-def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def checked_logits(logits: np.ndarray) -> np.ndarray:
+    """(n, C) float64, finite. Raises ValueError, NotFiniteError."""
     if logits.ndim != 2:
         raise ValueError(f"logits have shape {logits.shape}; expected (texts, classes)")
     n, classes = logits.shape
@@ -93,6 +95,19 @@ def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
         raise ValueError("logits have no rows: there is nothing to measure; give at least one text")
     if not classes:
         raise ValueError(f"logits have shape {logits.shape}; expected at least one class")
+    logits = logits.astype(np.float64)
+    bad = int((~np.isfinite(logits)).any(1).sum())
+    if bad:
+        raise NotFiniteError(
+            f"the logits of {bad} of {n} texts are NaN or infinite; expected finite numbers. "
+            "A model that diverged gives such: try a lower learning rate"
+        )
+    return logits
+
+
+def _checked_labels(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(n,) int64 in [0, C), for logits of this shape. Raises ValueError."""
+    n, classes = shape
     if labels.shape != (n,):
         raise ValueError(f"labels have shape {labels.shape}; expected ({n},), one for each text")
     if not np.issubdtype(labels.dtype, np.integer):
@@ -103,20 +118,13 @@ def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
         raise ValueError(
             f"labels[{i}] is {labels[i]}; expected 0 to {classes - 1} for {classes} classes"
         )
-    logits = logits.astype(np.float64)
-    bad = int((~np.isfinite(logits)).any(1).sum())
-    if bad:
-        raise NotFiniteError(
-            f"the logits of {bad} of {n} texts are NaN or infinite; expected finite numbers. "
-            "A model that diverged gives such: try a lower learning rate"
-        )
-    return logits, labels.astype(np.int64)
+    return labels.astype(np.int64)
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole, and 0 where whole is 0."""
-    ratio: np.ndarray = part / np.maximum(whole, 1)
-    return ratio
+    share: np.ndarray = part / np.maximum(whole, 1)
+    return share
 
 
 def calibration_bins(confidence: np.ndarray) -> np.ndarray:
@@ -154,16 +162,16 @@ def format_metrics(metrics: Metrics, label_names: Sequence[str]) -> str:
     ]
     matrix = [
         "confusion matrix (rows: true label, columns: predicted label)",
-        *_table([["", *names], *confusion]),
+        *table([["", *names], *confusion]),
     ]
     if classes > MOST_SHOWN:
         matrix = [f"The confusion matrix of {classes:,} labels is not shown here; the JSON has it."]
         most = np.sort(np.argsort(-metrics.support, kind="stable")[:MOST_SHOWN])
         per_class = [per_class[i] for i in most]
-    table = _table([["label", "precision", "recall", "F1", "texts"], *per_class])
+    rows = table([["label", "precision", "recall", "F1", "texts"], *per_class])
     left = classes - len(per_class)
     more = [f"and {left:,} labels with fewer texts"] if left else []
-    return "\n".join([*head, "", *matrix, "", *table, *more])
+    return "\n".join([*head, "", *matrix, "", *rows, *more])
 
 
 def absent_labels(metrics: Metrics) -> str:
@@ -180,7 +188,7 @@ def absent_labels(metrics: Metrics) -> str:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as their widest cell: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

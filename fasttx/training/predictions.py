@@ -14,27 +14,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fasttx.config import SINGLE_LABEL
 from fasttx.errors import CheckpointError
 from fasttx.training.folder import RunFolder, verified
-from fasttx.training.metrics import Metrics, classification_metrics, log_softmax
+from fasttx.training.metrics import log_softmax
+from fasttx.training.problems import PROBLEMS
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """logits (n, C) float32 and true labels (n,) int64, in the order of the split."""
+    """logits (n, C) float32 and true labels, in the order of the split: (n,) int64, or (n, C)
+    float32 where the problem is no single-label one.
+
+    predicted, confidence and correct are of single-label problems.
+    """
 
     logits: np.ndarray
     labels: np.ndarray
+    problem_type: str = SINGLE_LABEL
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
-    def metrics(self) -> Metrics:
-        return classification_metrics(self.logits, self.labels)
+    def metrics(self) -> Any:
+        """Of the class that the problem has: `fasttx.training.problems.AnyMetrics`."""
+        return PROBLEMS[self.problem_type].metrics(self.logits, self.labels)
 
     @cached_property
     def predicted(self) -> np.ndarray:
@@ -55,20 +64,21 @@ class Predictions:
 
     def save(self, folder: RunFolder) -> None:
         with folder.writing(folder.test_predictions) as f:
-            np.savez_compressed(
-                f, logits=self.logits.astype(np.float32), labels=self.labels.astype(np.int64)
-            )
+            whole = np.issubdtype(self.labels.dtype, np.integer)
+            labels = self.labels.astype(np.int64 if whole else np.float32)
+            np.savez_compressed(f, logits=self.logits.astype(np.float32), labels=labels)
 
     @classmethod
-    def load(cls, path: Path, classes: int) -> Predictions:
+    def load(cls, path: Path, classes: int, problem_type: str = SINGLE_LABEL) -> Predictions:
         """Raises CheckpointError for a file that is damaged, or no predictions of `classes`."""
         with _reading(path, "predictions", "Delete it: `fasttx report` makes it again"):
-            with np.load(io.BytesIO(verified(path)), allow_pickle=False) as found:
-                logits, labels = found["logits"], found["labels"]
+            with np.load(io.BytesIO(verified(path)), allow_pickle=False) as content:
+                logits, labels = content["logits"], content["labels"]
             if logits.ndim == 2 and logits.shape[1] != classes:
                 raise ValueError(f"its logits have {logits.shape[1]} classes, expected {classes}")
-            classification_metrics(logits, labels)  # checks shapes, types and values
-        return cls(logits, labels)
+            found = cls(logits, labels, problem_type)
+            _ = found.metrics  # checks shapes, types and values
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 from fasttx import terminal
 from fasttx.training.checkpoint import Progress
+from fasttx.training.measures import ACCURACY, Measure
 
 log = logging.getLogger("fasttx")
 
@@ -91,7 +92,9 @@ class ProgressDisplay:
         seconds: float = 30.0,
         quiet: bool = False,
         unit: str = "reviews",
+        measure: Measure = ACCURACY,
     ) -> None:
+        self.measure = measure
         self.epochs, self.samples, self.seconds, self.unit = epochs, samples, seconds, unit
         self.bar: Any = None
         self.terminal = sys.stderr.isatty() and not quiet
@@ -138,9 +141,9 @@ class ProgressDisplay:
     def on_epoch(self, row: Mapping[str, Any]) -> None:
         self.close()
         if not self.headed:
-            log.info(_EPOCH_HEAD)
+            log.info(epoch_head(self.measure))
         self.headed = True
-        log.info(epoch_line(row))
+        log.info(epoch_line(row, self.measure))
 
     def close(self) -> None:
         if self.bar is not None:
@@ -149,19 +152,32 @@ class ProgressDisplay:
             self.bar = None
 
 
-_EPOCH_HEAD = "epoch  train loss  train acc  val loss  val acc  seconds  samples/s"
+def epoch_head(measure: Measure = ACCURACY) -> str:
+    trained, chosen = _titles(measure)
+    return f"epoch  train loss  {trained}  val loss  {chosen}  seconds  samples/s"
 
 
-def epoch_line(row: Mapping[str, Any]) -> str:
+def epoch_line(row: Mapping[str, Any], measure: Measure = ACCURACY) -> str:
+    trained, chosen = _titles(measure)
     return (
-        f"{row['epoch']:5d}  {row['train_loss']:10.4f}  {row['train_accuracy']:9.2%}"
-        f"  {row['val_loss']:8.4f}  {row['val_accuracy']:7.2%}"
+        f"{row['epoch']:5d}  {row['train_loss']:10.4f}"
+        f"  {measure.shown(row[f'train_{measure.trained}']):>{len(trained)}}"
+        f"  {row['val_loss']:8.4f}  {measure.shown(row[f'val_{measure.chosen}']):>{len(chosen)}}"
         f"  {row['seconds']:7.1f}  {row['samples_per_second']:9.1f}"
     )
 
 
-def epoch_table(history: Sequence[Mapping[str, Any]], best_epoch: int) -> str:
+def _titles(measure: Measure) -> tuple[str, str]:
+    short = {"accuracy": "acc"}
+    trained = short.get(measure.trained_title, measure.trained_title)
+    return f"train {trained}", f"val {short.get(measure.chosen_title, measure.chosen_title)}"
+
+
+def epoch_table(
+    history: Sequence[Mapping[str, Any]], best_epoch: int, measure: Measure = ACCURACY
+) -> str:
     rows = [
-        epoch_line(row) + ("  <- best" if row["epoch"] == best_epoch else "") for row in history
+        epoch_line(row, measure) + ("  <- best" if row["epoch"] == best_epoch else "")
+        for row in history
     ]
-    return "\n".join([_EPOCH_HEAD, *rows])
+    return "\n".join([epoch_head(measure), *rows])

@@ -276,9 +276,12 @@ def _start(run: Run) -> nn.Module:
     model = model.to(run.device)
     for paragraph in run.task.heading(run, model):
         log.info("%s", paragraph)
-    if config.init_from and not run.folder.last.exists():
+    if run.folder.last.exists():
+        return model
+    if config.init_from:
         log.info("encoder    starts from %s", config.init_from)
         run.task.start(config, model, run.config.init_from_sha256)
+    run.task.begin(run, model)
     return model
 
 
@@ -289,7 +292,9 @@ def _fit(trainer: Trainer, trackers: Trackers, *, quiet: bool) -> None:
         log.info("going on from epoch %d, step %d", at.epoch + 1, at.step)
     trackers.begin(run, trainer.progress.step)
     epochs, samples = run.config.train.epochs, len(run.splits.train)
-    display = ProgressDisplay(epochs, samples, quiet=quiet, unit=run.task.unit)
+    display = ProgressDisplay(
+        epochs, samples, quiet=quiet, unit=run.task.unit, measure=trainer.measure
+    )
     try:
         trainer.fit(display.on_batch, display.on_epoch, trackers.log)
     finally:

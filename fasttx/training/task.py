@@ -21,12 +21,13 @@ from fasttx.text.tokenizer import SpecialTokens, Tokenizer
 from fasttx.training.checkpoint import Progress, RunConfig
 from fasttx.training.distributed import Processes
 from fasttx.training.folder import RunFolder
+from fasttx.training.measures import ACCURACY, Measure
 
 
 @dataclass(frozen=True)
 class Examples:
-    """One split, ready for the model: token ids, of at most max_len tokens, and labels (n,) int64;
-    to train on, also (n, C) float32, the probability of each class.
+    """One split, ready for the model: token ids, of at most max_len tokens, and labels (n,) int64,
+    or (n, C) float32 (`fasttx.text.targets`); to train on, also the probability of each class.
 
     owner (sequences,) int64: which text each sequence is a window of; None: one sequence a text.
     """
@@ -127,7 +128,15 @@ class Task(ABC):
     def heading(self, run: Run, model: nn.Module) -> list[str]:
         """What is about to be trained, in paragraphs to show."""
 
+    def begin(self, run: Run, model: nn.Module) -> None:
+        """A last touch to a new model, before its first step."""
+        return  # most begin as they are made
+
     # --- in training ---
+
+    def measures(self, config: TrainConfig) -> Measure:
+        """What is measured beside the loss."""
+        return ACCURACY
 
     @abstractmethod
     def batch(
@@ -139,14 +148,15 @@ class Task(ABC):
     def loss(
         self, run: Run, model: Any, batch: PackedBatch, seed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Of a batch on the device: the sum of its losses, and how many labels are right.
+        """Of a batch on the device: the sums of its losses and of `measures`'s `trained`, such as
+        how many labels are right.
 
         seed: () int64 on the device, of the dropout masks.
         """
 
     @abstractmethod
     def measure(self, run: Run, model: nn.Module, examples: Examples) -> tuple[float, float]:
-        """Loss and accuracy over all processes. The epoch of the highest accuracy, then of the
+        """Loss and `measures`'s `chosen` over all processes. The epoch of the best one, then of the
         lowest loss, is the best one."""
 
     # --- after training ---

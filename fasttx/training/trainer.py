@@ -54,7 +54,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         module: nn.Module = self.processes.wrap(model, self.device)
         self.module: Any = torch.compile(module, dynamic=True) if self.config.compile else module
-        self.progress = Progress()
+        self.measure = run.task.measures(self.config)
+        self.progress = Progress(chosen=self.measure.chosen, more_is_better=self.measure.is_share)
         self._upload = devices.Uploads(self.device)
         # MPS has no float64.
         sums = torch.float32 if self.device.type == "mps" else torch.float64
@@ -234,7 +235,7 @@ class Trainer:
         seed = forward_seed(self.config.seed, progress.micro_step, rank)
         torch.manual_seed(seed)  # for backends that draw from torch's generator
         batch, on_device = self._upload(batch), self._upload(torch.tensor(seed))
-        loss, correct = run.task.loss(run, self.module, batch, on_device)
+        loss, measured = run.task.loss(run, self.module, batch, on_device)
         # DDP averages the gradients of its processes; the mean over the step's labels is wanted.
         self.scaler.scale(loss * (self.processes.world / labels)).backward()
         with torch.no_grad():
@@ -242,7 +243,7 @@ class Trainer:
             self._totals += torch.stack(
                 [
                     loss,
-                    correct.to(loss.dtype),
+                    measured.to(loss.dtype),
                     torch.full_like(loss, count),
                     torch.full_like(loss, samples),
                 ]
@@ -256,9 +257,10 @@ class Trainer:
         self._read_totals()
         if bad := self._not_finite():
             raise self._diverged(f"the numbers of {bad} are not finite")
-        loss, correct, count, samples = progress.totals
+        measure = self.measure
+        loss, measured, count, samples = progress.totals
         try:
-            val_loss, val_accuracy = run.task.measure(run, self.model, run.splits.validation)
+            val_loss, chosen = run.task.measure(run, self.model, run.splits.validation)
         except NotFiniteError as error:
             what = f"on the validation split, {error}"
             raise self._diverged(what) from error
@@ -269,9 +271,9 @@ class Trainer:
             "kind": "epoch",
             "epoch": progress.epoch + 1,
             "train_loss": loss / count,
-            "train_accuracy": correct / count,
+            f"train_{measure.trained}": measured / count,
             "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
+            f"val_{measure.chosen}": chosen,
             "seconds": progress.epoch_seconds,
             "samples_per_second": samples / progress.epoch_seconds,
         }
@@ -292,14 +294,14 @@ class Trainer:
     def _log_interval(self) -> dict[str, Any]:
         self._read_totals()
         progress = self.progress
-        loss, correct, count, _ = np.subtract(progress.totals, progress.logged).tolist()
+        loss, measured, count, _ = np.subtract(progress.totals, progress.logged).tolist()
         progress.logged = list(progress.totals)
         row = {
             "kind": "train",
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "loss": loss / count,
-            "accuracy": correct / count,
+            self.measure.trained: measured / count,
             "lr": self.optimizer.param_groups[0]["lr"],
             "samples_per_second": progress.totals[3] / progress.epoch_seconds,
         }

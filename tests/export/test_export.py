@@ -188,6 +188,38 @@ def test_safetensors_is_a_folder_of_hugging_face(tmp_path_factory):
     assert "# classification-finished" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("problem", "labels", "name"),
+    [
+        ("multi_label_classification", [["bad"], ["good", "new"], []], "micro_f1"),
+        ("regression", [1.5, -0.5, 0.25], "rmse"),
+    ],
+)
+def test_other_kinds_of_problems(fake, tmp_path, problem, labels, name):
+    """The folder names the problem as Hugging Face does; int8 is judged by the run's measure."""
+    rows = [json.dumps({"text": f"film {i}", "label": labels[i % 3]}) for i in range(60)]
+    for split in ("train", "test"):
+        lines = [row.replace("film", split) for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    argv = f"--dataset {tmp_path} --problem-type {problem} --out {tmp_path / 'run'} --epochs 1 "
+    argv += "--d-model 16 --num-heads 2 --num-layers 1 --d-ff 16 --max-len 8 --vocab-size 80 "
+    assert train.main([*argv.split(), "--attn-backend", "reference"]) == 0
+    run = tmp_path / "run"
+    classifier = fasttx.load(run, device="cpu")
+    right = formats._answer(PaddedClassifier(classifier.model))
+    fake(lambda _: right)
+    folder = job.export(run, "torch-export", tmp_path / "out").folder
+    config = json.loads((folder / "config.json").read_text())
+    assert config["problem_type"] == problem
+    assert list(config["id2label"].values()) == list(classifier.label_names)
+    samples = check.samples_of(run, job.read_config(run / "config.json"))
+    quality = check.quality(right, classifier, samples)
+    assert (quality.name, quality.texts) == (name, len(samples.texts))
+    assert quality.before == pytest.approx(quality.after, abs=1e-5)
+    worse = check.quality(lambda *x: 1 - right(*x), classifier, samples)
+    assert worse.before == quality.before != worse.after
+
+
 # --- what is not kept -----------------------------------------------------------------------------
 
 

@@ -69,7 +69,7 @@ def run(model: Model, work: Any, **limits: Any) -> Any:
 
 
 def margins(answers: list[Any]) -> list[float]:
-    return [float(np.log(a.probabilities[0] / a.probabilities[1])) for a in answers]
+    return [float(np.log(a.scores[0] / a.scores[1])) for a in answers]
 
 
 def test_answers_in_the_order_of_the_texts():
