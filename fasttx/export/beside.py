@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fasttx.export.check import reads_alike
+from fasttx.export.check import misread
 from fasttx.export.formats import Format
 from fasttx.load import TextClassifier
 from fasttx.text.pieces import PieceTokenizer
@@ -44,7 +44,7 @@ def notes(classifier: TextClassifier, tokenizer: str) -> list[str]:
         )
     ours = classifier.tokenizer
     typed = [f"a {ours.id_to_token(i)} b" for i in ours.special.reserved]
-    if not reads_alike(tokenizer, classifier, typed):
+    if misread(tokenizer, classifier, typed):
         found.append(
             f"a token such as {ours.id_to_token(ours.special.reserved[0])} that somebody typed is "
             "read as one by tokenizer.json, and as an unknown word by the run"

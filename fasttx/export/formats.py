@@ -76,10 +76,9 @@ _OPSET = 18
 
 
 def _write_onnx(model: PaddedClassifier, path: Path) -> None:
-    example = _example(model)
     with _quiet("torch.onnx", "onnxscript"):
         program = torch.onnx.export(
-            model, example, dynamo=True, opset_version=_OPSET, dynamic_shapes=_dynamic(),
+            model, _example(), dynamo=True, opset_version=_OPSET, dynamic_shapes=_dynamic(),
             input_names=["input_ids", "attention_mask"], output_names=["logits"], verbose=False,
         )  # fmt: skip
         assert program is not None
@@ -122,7 +121,7 @@ def quantize(path: Path) -> None:
 
 
 def _program(model: PaddedClassifier) -> torch.export.ExportedProgram:
-    return torch.export.export(model, _example(model), dynamic_shapes=_dynamic())
+    return torch.export.export(model, _example(), dynamic_shapes=_dynamic())
 
 
 def _write_program(model: PaddedClassifier, path: Path) -> None:
@@ -154,10 +153,12 @@ def _read_compiled(path: Path) -> Answer:
     return _answer(aoti_load_package(str(path)))
 
 
-def _example(model: PaddedClassifier) -> tuple[Tensor, Tensor]:
-    """Sizes of 0 and 1 would be taken for constants."""
-    ids = torch.zeros(2, min(3, model.config.max_len), dtype=torch.int64)
-    return ids, torch.ones_like(ids)
+def _example() -> tuple[Tensor, Tensor]:
+    """Sizes of 0 and 1 would be taken for constants. One token, which every model reads."""
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    mask[:, 0] = 1
+    return ids, mask
 
 
 def _dynamic() -> tuple[dict[int, Any], dict[int, Any]]:

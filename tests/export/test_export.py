@@ -176,6 +176,22 @@ def test_torch_export_is_plain_torch(tmp_path_factory):
     answers_as_the_run(formats._answer(program.module()), folder)
 
 
+def test_aoti_is_machine_code(tmp_path, monkeypatch):
+    """Here of a compiler that does not optimise, which takes most of the time."""
+    if reasons := FORMATS["aoti"].unavailable_reasons():
+        pytest.skip(reasons[0])
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": (None, str(compiler))}):
+        folder = job.export(RUN, "aoti", tmp_path / "model").folder
+    program = torch._inductor.aoti_load_package(str(folder / "model.pt2"))
+    answers_as_the_run(formats._answer(program), folder)
+
+
 def test_safetensors_is_a_folder_of_hugging_face(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
