@@ -70,8 +70,8 @@ def _compilers() -> list[str]:
 
 # --- ONNX -----------------------------------------------------------------------------------------
 
-# The oldest that torch exports LayerNormalization to. ONNX Runtime 1.32 has an Attention for opset
-# 23, and refuses masks that are the same for all queries there.
+# The oldest that torch writes, which most programs read. ONNX Runtime 1.32 has an Attention for
+# opset 23, and refuses masks that are the same for all queries there.
 _OPSET = 18
 
 
@@ -101,9 +101,9 @@ def _read_onnx(path: Path) -> Answer:
     return answer
 
 
-def quantize(path: Path) -> None:
-    """The products of weights in the ONNX file `path` become those of 8-bit integers, quantised by
-    output channel; activations when the model runs (ONNX Runtime's dynamic quantisation).
+def quantize(source: Path, path: Path) -> None:
+    """The ONNX file `source` with products of 8-bit integers, in another folder: weights quantised
+    by output channel, activations when the model runs (ONNX Runtime's dynamic quantisation).
 
     Weights take 7 bits: where a processor has no VNNI, sums of 8-bit products overflow.
     """
@@ -111,9 +111,9 @@ def quantize(path: Path) -> None:
 
     with _quiet(None):
         quantize_dynamic(
-            path, path, op_types_to_quantize=["MatMul"], per_channel=True, reduce_range=True,
+            source, path, op_types_to_quantize=["MatMul"], per_channel=True, reduce_range=True,
             weight_type=QuantType.QInt8,
-            use_external_data_format=path.with_name(path.name + ".data").exists(),
+            use_external_data_format=source.with_name(source.name + ".data").exists(),
         )  # fmt: skip
 
 

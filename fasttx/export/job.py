@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,15 @@ def export(
         raise ConfigError("there is no text to check the export on; expected at least one")
     with atomic_folder(folder) as temporary:
         path = temporary / chosen.file
+        first = temporary / "fp32" / chosen.file if quantisation else path
+        first.parent.mkdir(exist_ok=True)
         say(f"writing {form} ...")
-        chosen.write(run if chosen.of_run else PaddedClassifier(classifier.model), path)
-        measured, record = _checked(chosen, path, classifier, samples, check.LIMIT)
+        chosen.write(run if chosen.of_run else PaddedClassifier(classifier.model), first)
+        measured, record = _checked(chosen, first, classifier, samples, check.LIMIT)
         if quantisation:
             say(f"quantising to {quantisation} and measuring on {len(samples.texts):,} texts ...")
-            quantize(path)
+            quantize(first, path)
+            shutil.rmtree(first.parent)
             measured, record = _checked(chosen, path, classifier, samples, check.INT8_LIMIT, True)
         notes = [] if chosen.of_run else _write_beside(
             temporary, folder.name, form, classifier, samples, measured

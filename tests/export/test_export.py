@@ -290,7 +290,7 @@ def test_the_right_answer_is_kept(fake, tmp_path):
     assert (tmp_path / "a" / "out" / "model.pt2").read_bytes() == b"model"
 
 
-def test_int8_has_a_limit_of_its_own(fake, tmp_path, monkeypatch):
+def test_int8_has_a_limit_of_its_own(fake, tmp_path):
     fake(lambda right: lambda ids, mask: right(ids, mask) + 0.25)
     classifier = fasttx.load(RUN, device="cpu")
     answer = FORMATS["torch-export"].read(tmp_path)
