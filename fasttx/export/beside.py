@@ -30,8 +30,8 @@ def tokenizer_json(classifier: TextClassifier) -> str:
     return str(theirs.to_str(pretty=True))
 
 
-def notes(classifier: TextClassifier, tokenizer: str) -> list[str]:
-    """What a tokenizer.json cannot say, so that the folder reads such texts otherwise."""
+def long_texts(classifier: TextClassifier) -> list[str]:
+    """What a tokenizer.json cannot say of long texts, so that the folder reads them otherwise."""
     longest, found = classifier.model.config.max_len, []
     if classifier.truncation == "head+tail":
         found.append(
@@ -42,7 +42,12 @@ def notes(classifier: TextClassifier, tokenizer: str) -> list[str]:
         found.append(
             f"a text of more than {longest} tokens is read in windows by the run, and cut here"
         )
-    ours = classifier.tokenizer
+    return found
+
+
+def notes(classifier: TextClassifier, tokenizer: str) -> list[str]:
+    """What the folder of this tokenizer.json reads otherwise than the run."""
+    found, ours = long_texts(classifier), classifier.tokenizer
     typed = [f"a {ours.id_to_token(i)} b" for i in ours.special.reserved]
     if misread(tokenizer, classifier, typed):
         found.append(

@@ -74,12 +74,14 @@ def export(
             quantize(first, path)
             shutil.rmtree(first.parent)
             measured, record = _checked(chosen, path, classifier, samples, check.INT8_LIMIT, True)
-        notes = [] if chosen.of_run else _write_beside(
-            temporary, folder.name, form, classifier, samples, measured
-        )  # fmt: skip
+        if chosen.of_run:
+            notes = beside.long_texts(classifier)
+        else:
+            notes = _write_beside(temporary, folder.name, form, classifier, samples, measured)
         record = {
             "format": form, "quantize": quantisation, "fasttx": __version__,
-            "torch": torch.__version__, "machine": platform.machine(), **record,
+            "torch": torch.__version__, "machine": platform.machine(),
+            "notes": notes, **record,
         }  # fmt: skip
         _write(temporary / "export.json", json_text(record))
     return Exported(folder, measured, record, [*filter(None, [samples.note]), *notes])
