@@ -107,6 +107,7 @@ leaves = kernel_leaves()
 extras = {
     "train": ["datasets>=3", "pyarrow>=15", "tqdm>=4.60"],
     "hf": ["transformers>=4.48", "tokenizers>=0.21", "safetensors>=0.4", "huggingface_hub>=0.26"],
+    "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20", "tokenizers>=0.21"],
     "report": ["matplotlib>=3.8"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "threadpoolctl>=3.5"],
     "peers": ["transformers>=4.48", "x-transformers>=2.31"],

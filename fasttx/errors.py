@@ -60,6 +60,10 @@ class UnsupportedError(FasttxError, NotImplementedError):
     """A model of another library asks for something that fasttx does not compute."""
 
 
+class ExportError(FasttxError, RuntimeError):
+    """An exported model does not answer as the run does."""
+
+
 class BaselineError(FasttxError, RuntimeError):
     """A linear model cannot be fitted here."""
 

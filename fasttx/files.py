@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import socket
 import sys
 import time
@@ -74,13 +75,44 @@ def atomic_write(
         with contextlib.suppress(OSError):  # the folder may be gone; what went wrong is raised
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    _sync(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Renames in a folder survive a power cut in their order. (Windows cannot open folders.)"""
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that becomes `path` when the block ends, and vanishes when the block raises.
+
+    `path` is a new folder or an empty one, and what it lies in is made. Raises OSError, which names
+    `path` where it would name the temporary folder.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for name in temporary.rglob("*"):
+            if name.is_file():
+                _sync(name)
+        if target.exists():  # which not every system replaces
+            target.rmdir()
+        os.replace(temporary, target)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and str(error.filename or temporary).startswith(
+            str(temporary)
+        ):
+            error.filename, error.filename2 = str(path), None
+        raise
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    """What a file holds, and renames in a folder in their order, survive a power cut. (Windows
+    cannot open folders.)"""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -103,7 +135,7 @@ def _remove_abandoned(target: Path) -> None:
     with contextlib.suppress(OSError):  # another process may be removing them too
         for path in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

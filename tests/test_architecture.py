@@ -24,9 +24,9 @@ CONTRACT = {"ops.arguments", "ops.contract", "ops.dropout"}
 
 # Extras: fasttx imports and classifies without any of them.
 OPTIONAL = (
-    "datasets", "httptools", "huggingface_hub", "matplotlib", "pandas", "prometheus_client",
-    "pyarrow", "safetensors", "scipy", "sklearn", "starlette", "tokenizers", "tqdm",
-    "transformers", "triton", "uvicorn",
+    "datasets", "httptools", "huggingface_hub", "matplotlib", "onnx", "onnxruntime", "onnxscript",
+    "pandas", "prometheus_client", "pyarrow", "safetensors", "scipy",
+    "sklearn", "starlette", "tokenizers", "tqdm", "transformers", "triton", "uvicorn",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fasttx.files import atomic_write, write_json_atomic, write_text_atomic
+from fasttx.files import atomic_folder, atomic_write, write_json_atomic, write_text_atomic
 
 
 def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
@@ -104,3 +104,46 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path):
     write_text_atomic(tmp_path / "a[1].txt", "x")
     # Gone is what is old and of this file: the second may still be written by somebody.
     assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], "a[1].txt"])
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "folder"
+    with atomic_folder(path) as inside:
+        (inside / "a.txt").write_text("a")
+        assert not path.exists()
+    assert (path / "a.txt").read_text() == "a" and os.listdir(path.parent) == ["folder"]
+    (tmp_path / "empty").mkdir()
+    with atomic_folder(tmp_path / "empty") as inside:
+        (inside / "b.txt").write_text("b")
+    assert os.listdir(tmp_path / "empty") == ["b.txt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_no_folder(tmp_path, error):
+    def interrupted():
+        with atomic_folder(tmp_path / "folder") as inside:
+            (inside / "a.txt").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_that_holds_something_stays(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    with pytest.raises(OSError, match="not empty") as raised, atomic_folder(tmp_path / "folder"):
+        pass
+    assert raised.value.filename == str(tmp_path / "folder")
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["old"]
+
+
+def test_an_abandoned_folder_goes(tmp_path):
+    abandoned = tmp_path / ".folder.12345678.tmp"
+    abandoned.mkdir()
+    (abandoned / "half").touch()
+    os.utime(abandoned, (1, 1))
+    with atomic_folder(tmp_path / "folder"):
+        pass
+    assert os.listdir(tmp_path) == ["folder"]

@@ -22,6 +22,7 @@ COMMANDS = {
     "explain": "which words of a text spoke for its label, and where attention looked",
     "baseline": "fit and measure a simpler model on the splits of train.py",
     "ensemble": "several classifiers as one; and what they say of unlabelled texts",
+    "export": "a run as ONNX, torch.export, AOTInductor or safetensors",
     "serve": "answer HTTP requests with a trained run",
     "verify": "whether the files of a run are those that it wrote (exit status 2 if not)",
 }

@@ -195,9 +195,10 @@ def _tokenizer(ours: Any, max_len: int, truncation: str) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=content, **options)
 
 
-def save_run(run: str | Path, folder: str | Path) -> Path:
+def save_run(run: str | Path, folder: str | Path, *, name: str | None = None) -> Path:
     """A run as a folder of Hugging Face's: config.json, model.safetensors, the tokenizer, and a
-    model card with what the run measured. Raises CheckpointError where the folder holds something.
+    model card with what the run measured. name: of the model, in the card (default: the folder's).
+    Raises CheckpointError where the folder holds something.
     """
     out = Path(folder).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -205,7 +206,7 @@ def save_run(run: str | Path, folder: str | Path) -> Path:
     model, tokenizer = from_run(run)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    write_text_atomic(out / "README.md", card_of(Path(run).expanduser(), out.name))
+    write_text_atomic(out / "README.md", card_of(Path(run).expanduser(), name or out.name))
     return out
 
 
