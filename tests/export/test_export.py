@@ -260,12 +260,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return put
 
 
-def columns_as_positions(right):
-    """Mistakes the column of a token for its position."""
+def wrong_on_the_left(right):
+    """Where a text is padded on the left, and nowhere else."""
 
     def answer(ids, mask):
-        shifted = np.where(mask == 1, np.roll(ids, 1, axis=1), ids)
-        return right(shifted, mask) if not mask[:, 0].all() else right(ids, mask)
+        left = (mask[:, 0] == 0) & (mask[:, -1] == 1)
+        return right(ids, mask) + left[:, None]
 
     return answer
 
@@ -274,7 +274,7 @@ WRONG = {
     "a bit off": lambda right: lambda ids, mask: right(ids, mask) + 2e-4,
     "no number": lambda right: lambda ids, mask: right(ids, mask) * np.nan,
     "padding is read": lambda right: lambda ids, mask: right(ids, np.ones_like(mask)),
-    "left padding": columns_as_positions,
+    "left padding": wrong_on_the_left,
     "classes swapped": lambda right: lambda ids, mask: right(ids, mask)[:, ::-1],
     "one batch for all": lambda right: lambda ids, mask: right(ids[:1], mask[:1]),
 }
