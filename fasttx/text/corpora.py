@@ -161,14 +161,17 @@ def _spooled(stream: Any, where: str, folder: str) -> Any:
     import datasets
 
     try:
-        return datasets.Dataset.from_generator(
+        found = datasets.Dataset.from_generator(
             _rows_of, stream.features, folder, gen_kwargs={"stream": stream}
         )
     except Exception as error:  # whatever the stream's own code raises
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise DataError(
-            f"{where} cannot be read to its end ({reason(error.__cause__ or error)}); expected "
-            "rows with a column of texts and one of labels"
+            f"{where} cannot be read to its end ({reason(cause)}); expected rows with a column of "
+            "texts and one of labels"
         ) from error
+    found.info.dataset_name = stream.info.dataset_name  # not "generator"
+    return found
 
 
 def _rows_of(stream: Any) -> Iterator[dict[str, Any]]:
