@@ -174,4 +174,4 @@ def test_the_memory_advice_names_flags_of_each_command(known) -> None:
 
 
 def test_settings_that_are_paths_are_settings() -> None:
-    assert set(flags.PATHS) <= set(train.TASKS["pretraining"].settings.__dataclass_fields__)
+    assert set(flags.PATHS) <= set(TASKS["pretraining"].settings.__dataclass_fields__)
