@@ -88,7 +88,7 @@ ids, mask = np.array([e.ids for e in encoded]), np.array([e.attention_mask for e
 {logits}
 {answer}
 for text, row in zip(texts, p):
-    print(text, dict(zip(labels, row.round(4).tolist())))
+    print(text, dict(zip(labels, row.astype(float).round(4).tolist())))
 '''
 _TORCH = "x = model(torch.tensor(ids), torch.tensor(mask)).numpy(force=True)"
 _MODELS = {
