@@ -44,7 +44,7 @@ from fasttx.text.packing import PackedBatch, RaggedIds
 from fasttx.text.pieces import PieceTokenizer
 from fasttx.text.reading import read
 
-BATCHES = 4  # of a step: an epoch in small
+BATCHES = 2  # of a step: an epoch in small
 _DROPOUTS = (  # as the families name them
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
     "dropout", "attention_dropout", "seq_classif_dropout",

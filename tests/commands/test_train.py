@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import random
@@ -375,8 +376,9 @@ def test_the_recipe_fits_the_dataset(arguments: list[str], source: str, recipe: 
 def test_train_py_takes_the_recipe_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     import train as script
 
+    trained = importlib.import_module("fasttx.train")  # whose name a function has too
     seen = []
-    monkeypatch.setattr(script.data, "resolve", lambda name: script.data.Source("demo"))
-    monkeypatch.setattr(script.runs, "create", lambda task, config, *more: seen.append(config))
+    monkeypatch.setattr(trained.data, "resolve", lambda name: trained.data.Source("demo"))
+    monkeypatch.setattr(trained.runs, "create", lambda task, config, *more: seen.append(config))
     assert script.main(["--recipe", "seed", "--epochs", "9"]) == 0
     assert seen == [replace(RECIPES["demo"], epochs=9)]
