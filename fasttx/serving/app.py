@@ -19,7 +19,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from fasttx.load import TextClassifier
 from fasttx.serving import openapi
 from fasttx.serving.batching import Answer
 from fasttx.serving.limits import Limits, Refused
@@ -132,7 +131,7 @@ class Service:
             said["tokens"] = sum(answer.tokens for answer in answers)
             said["queue_ms"] = round(1e3 * max(answer.waited for answer in answers), 2)
             said["batch_texts"] = max(answer.batch for answer in answers)
-        predictions = [_prediction(model.classifier, answer) for answer in answers]
+        predictions = [_prediction(answer) for answer in answers]
         return JSONResponse({"model": model.name, "predictions": predictions})
 
     async def _explain(self, request: Request) -> Response:
@@ -245,10 +244,9 @@ class Service:
         return texts
 
 
-def _prediction(classifier: TextClassifier, answer: Answer) -> dict[str, Any]:
-    said = classifier.problem.prediction(classifier.label_names, answer.scores)
+def _prediction(answer: Answer) -> dict[str, Any]:
     return {
-        **dataclasses.asdict(said),
+        **dataclasses.asdict(answer.prediction),
         "tokens": answer.tokens,
         "truncated": answer.truncated,
     }

@@ -28,15 +28,16 @@ from fasttx.serving.metrics import Metrics
 from fasttx.terminal import decoded
 from fasttx.text.packing import RaggedIds
 from fasttx.text.reading import mean_of_windows
+from fasttx.training.problems import AnyPrediction
 
 log = logging.getLogger("fasttx.serving")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one text: what the model says (a row of `Problem.scores`), and what was read of it."""
+    """Of one text: what the model says, and what was read of it."""
 
-    scores: list[float]
+    prediction: AnyPrediction
     tokens: int
     truncated: bool
     waited: float  # seconds in the queue
@@ -55,11 +56,12 @@ class _Request:
 
 @dataclass(eq=False)
 class _Item:
-    """One text of a request; `ids` are its windows, once it is tokenized."""
+    """One text of a request; `ids` are its windows, once `reader` has tokenized it."""
 
     request: _Request
     index: int
     characters: int
+    reader: TextClassifier | None = None
     ids: RaggedIds | None = None
     read: int = 0  # tokens, special ones among them
     is_cut: bool = False
@@ -67,16 +69,17 @@ class _Item:
 
 
 def most_tokens(device: torch.device) -> int:
-    """Tokens of a batch that no larger one would be computed faster than, a token.
+    """How many tokens a batch holds at most, by default.
 
-    On a CPU the time of a batch grows with its tokens from about 64 a thread on; what a larger one
-    adds is the wait for it. An accelerator has to be filled.
+    On a CPU a batch of more than about 64 tokens a thread takes longer in proportion, so a larger
+    one adds only the wait for it. An accelerator has to be filled.
     """
     return 128 * torch.get_num_threads() if device.type == "cpu" else 4096
 
 
 class Batcher:
-    """The queue of one model and the thread that empties it. `classifier` may be exchanged."""
+    """The queue of one model and the thread that empties it. `classifier` may be exchanged: one
+    batch is tokenized, computed and named by one classifier."""
 
     def __init__(
         self, name: str, classifier: TextClassifier, limits: Limits, metrics: Metrics
@@ -148,21 +151,27 @@ class Batcher:
 
     def _run(self) -> None:
         with torch.inference_mode():
-            while batch := self._next_batch():
-                self._compute(batch)
+            while True:
+                classifier, batch = self._next_batch()
+                if not batch:
+                    break
+                self._compute(classifier, batch)
                 with self._changed:
                     self._busy = False
 
-    def _next_batch(self) -> list[_Item]:
-        """The texts to compute next; empty at the end."""
+    def _next_batch(self) -> tuple[TextClassifier, list[_Item]]:
+        """The texts to compute next, and by whom; no text at the end."""
         batch: list[_Item] = []
         tokens, closing = 0, None
-        most = self.limits.batch_tokens or most_tokens(self.classifier.device)
+        classifier = self.classifier
+        most = self.limits.batch_tokens or most_tokens(classifier.device)
         while tokens < most:
             item = self._next_item(closing)
             if item is None:
                 break
-            if not self._tokenize(item):
+            if not batch:  # the wait for the first text may have been long
+                classifier = self.classifier
+            if not self._tokenize(classifier, item):
                 continue
             if batch and tokens + item.read > most:
                 self._held = item
@@ -171,7 +180,7 @@ class Batcher:
             tokens += item.read
             if closing is None:
                 closing = item.request.arrived + self.limits.batch_wait_ms / 1e3
-        return batch
+        return classifier, batch
 
     def _next_item(self, closing: float | None) -> _Item | None:
         """The next text; None where none comes until `closing`, or at the end."""
@@ -196,10 +205,10 @@ class Batcher:
             self._metrics.waiting.labels(self.name).set(len(self._queue))
             return item
 
-    def _tokenize(self, item: _Item) -> bool:
+    def _tokenize(self, classifier: TextClassifier, item: _Item) -> bool:
         """Whether it is to be computed: its client may be gone, or have waited too long."""
         request = item.request
-        if item.ids is not None:
+        if item.reader is classifier:
             return True
         if request.failed or request.future.cancelled():
             return False
@@ -212,20 +221,20 @@ class Batcher:
             self._fail([request], Refused(429, message, self.waiting * self._seconds_a_text))
             return False
         try:
-            ids = self.classifier.tokenizer.encode_batch([decoded(request.texts[item.index])])
-            item.ids, _ = self.classifier.read(ids)
-            item.is_cut = len(self.classifier.cut(ids).values) < len(ids.values)
+            ids = classifier.tokenizer.encode_batch([decoded(request.texts[item.index])])
+            item.ids, _ = classifier.read(ids)
+            item.is_cut = len(classifier.cut(ids).values) < len(ids.values)
         except Exception:
             log.exception("model %s: a text could not be tokenized", self.name)
             self._fail([request], _FAILURE)
             return False
-        item.read = int(item.ids.lengths.sum())
+        item.reader, item.read = classifier, int(item.ids.lengths.sum())
         return True
 
-    def _compute(self, batch: list[_Item]) -> None:
+    def _compute(self, classifier: TextClassifier, batch: list[_Item]) -> None:
         begin = time.monotonic()
         try:
-            answers = self._answers(batch)
+            answers = _answers(classifier, batch)
         except Exception:
             log.exception("model %s: a batch of %d texts failed", self.name, len(batch))
             self._metrics.failed_batches.labels(self.name).inc()
@@ -238,23 +247,6 @@ class Batcher:
         for item, answer in zip(batch, answers, strict=True):
             done.setdefault(item.request, []).append((item.index, answer))
         self._in_loop(batch[0].request, _deliver, done)
-
-    def _answers(self, batch: list[_Item]) -> list[Answer | None]:
-        """None for a text whose answer is not finite."""
-        parts, owners, texts = [], [], 0
-        for item in batch:
-            assert item.ids is not None
-            parts.append(item.ids)
-            owners.append(np.full(len(item.ids), texts))
-            texts += 1
-        logits = self.classifier.window_logits(RaggedIds.concatenate(parts))
-        rows = mean_of_windows(logits, np.concatenate(owners)).double()
-        scores = self.classifier.problem.scores(rows).tolist()
-        finite = rows.isfinite().all(-1).tolist()
-        return [
-            Answer(p, item.read, item.is_cut, item.waited, texts) if is_finite else None
-            for item, p, is_finite in zip(batch, scores, finite, strict=True)
-        ]
 
     def _count(self, batch: list[_Item], seconds: float) -> None:
         metrics, name = self._metrics, self.name
@@ -276,6 +268,28 @@ class Batcher:
             request.future.get_loop().call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # the loop has ended, and nobody waits any more
             log.debug("model %s: an answer came too late", self.name)
+
+
+def _answers(classifier: TextClassifier, batch: list[_Item]) -> list[Answer | None]:
+    """None for a text whose answer is not finite."""
+    parts, owners = [], []
+    for text, item in enumerate(batch):
+        assert item.ids is not None
+        parts.append(item.ids)
+        owners.append(np.full(len(item.ids), text))
+    logits = classifier.window_logits(RaggedIds.concatenate(parts))
+    rows = mean_of_windows(logits, np.concatenate(owners)).double()
+    scores = classifier.problem.scores(rows).tolist()
+    finite = rows.isfinite().all(-1).tolist()
+
+    def answer(item: _Item, row: list[float]) -> Answer:
+        said = classifier.problem.prediction(classifier.label_names, row)
+        return Answer(said, item.read, item.is_cut, item.waited, len(batch))
+
+    return [
+        answer(item, row) if is_finite else None
+        for item, row, is_finite in zip(batch, scores, finite, strict=True)
+    ]
 
 
 _FAILURE = Refused(500, "the model failed on this request; the server's log says why")

@@ -51,10 +51,6 @@ class ServedModel:
     def classifier(self) -> TextClassifier:
         return self.batcher.classifier
 
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        return self.classifier.label_names
-
     def described(self) -> dict[str, Any]:
         c = self.classifier
         return {
@@ -85,10 +81,13 @@ class ServedModel:
 
     def explain(self, text: str) -> dict[str, Any]:
         """The label of a text, and its words with what each contributed."""
-        if self._explainer is None:
-            # sdpa runs everywhere, and has gradients everywhere.
-            self._explainer = load(self.source.run, device=self.source.device, attn_backend="sdpa")
-        found = explain(self._explainer, decoded(text))
+        with self._reading:
+            if self._explainer is None:
+                # sdpa runs everywhere, and has gradients everywhere.
+                source = self.source
+                self._explainer = load(source.run, device=source.device, attn_backend="sdpa")
+            explainer = self._explainer
+        found = explain(explainer, decoded(text))
         words = zip(found.words, found.known.tolist(), found.attributions.tolist(), strict=True)
         return {
             "label": found.label,

@@ -31,6 +31,7 @@ class Model:
     max_len = 8
     device = torch.device("cpu")
     problem = PROBLEMS[SINGLE_LABEL]
+    label_names = ("a", "b")
 
     def __init__(self, long_texts: str = "cut") -> None:
         self.long_texts = long_texts
@@ -74,7 +75,8 @@ def run(model: Model, work: Any, **limits: Any) -> Any:
 
 
 def margins(answers: list[Any]) -> list[float]:
-    return [float(np.log(a.scores[0] / a.scores[1])) for a in answers]
+    found = [list(a.prediction.probabilities.values()) for a in answers]
+    return [float(np.log(p[0] / p[1])) for p in found]
 
 
 def test_answers_in_the_order_of_the_texts():
@@ -165,6 +167,28 @@ def test_a_batch_on_a_cpu_holds_what_its_threads_compute_at_once(monkeypatch):
 
     run(model, work)
     assert model.batches == [[3, 3], [2]]
+
+
+def test_a_text_is_read_computed_and_named_by_one_model():
+    """The models are exchanged while one computes, and has read the next text already."""
+    old, new = Model(), Model()
+    new.label_names = ("good", "bad")
+    new.tokenizer.encode_batch = lambda texts: RaggedIds.from_lists([[5]] * len(texts))
+    old.free.clear()
+
+    async def work(batcher):
+        asked = asyncio.create_task(batcher.submit(["1 1", "2 2"]))
+        while not old.batches:
+            await asyncio.sleep(0.001)
+        batcher.classifier = new
+        old.free.set()
+        return await asked
+
+    first, second = run(old, work, batch_tokens=3)
+    assert old.batches == [[2]] and new.batches == [[1]]
+    assert first.prediction.label == "a" and margins([first]) == pytest.approx([2.0])
+    assert second.prediction.label == "good" and margins([second]) == pytest.approx([5.0])
+    assert second.tokens == 1
 
 
 def test_long_texts_are_cut_or_read_in_windows():
