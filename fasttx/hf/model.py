@@ -30,7 +30,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fasttx.config import ModelConfig
 from fasttx.errors import CheckpointError, ConfigError
-from fasttx.files import write_text_atomic
+from fasttx.files import atomic_folder, write_text_atomic
 from fasttx.hf.card import card_of
 from fasttx.load import load
 from fasttx.models.classifier import TransformerClassifier
@@ -198,15 +198,18 @@ def _tokenizer(ours: Any, max_len: int, truncation: str) -> PreTrainedTokenizerF
 def save_run(run: str | Path, folder: str | Path, *, name: str | None = None) -> Path:
     """A run as a folder of Hugging Face's: config.json, model.safetensors, the tokenizer, and a
     model card with what the run measured. name: of the model, in the card (default: the folder's).
-    Raises CheckpointError where the folder holds something.
+    Raises CheckpointError where the folder holds something; then, and where writing fails, the
+    folder stays as it was.
     """
     out = Path(folder).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} holds something; expected a new or an empty folder")
     model, tokenizer = from_run(run)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    write_text_atomic(out / "README.md", card_of(Path(run).expanduser(), name or out.name))
+    card = card_of(Path(run).expanduser(), name or out.name)
+    with atomic_folder(out) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_text_atomic(temporary / "README.md", card)
     return out
 
 

@@ -149,11 +149,11 @@ def example(run: Run, model: nn.Module) -> str | None:
     validation = run.splits.validation
     ids, labels, owner = validation.ids, validation.labels, validation.owner
     short = [
-        i
+        (len(text), i)
         for i, text in enumerate(run.validation)
         if len(text) <= _LONGEST_EXAMPLE and text.isprintable() and text[:1].isalnum()
     ]
-    tried = np.array(sorted(short, key=lambda i: len(run.validation[i]))[:_TRIED], dtype=np.int64)
+    tried = np.array([i for _, i in sorted(short)[:_TRIED]], dtype=np.int64)
     if owner is not None:
         tried = tried[[int((owner == i).sum()) == 1 for i in tried]]
     if not len(tried):

@@ -60,7 +60,7 @@ def _parquet_table(path: Path) -> Table:
 
     def class_names(column: str) -> list[str] | None:
         """From the metadata that `datasets` writes into the schema."""
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
             feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
             if feature["_type"] == "ClassLabel":

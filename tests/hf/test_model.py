@@ -158,3 +158,13 @@ def test_the_model_card_has_what_was_measured(folder):
 def test_a_folder_that_holds_something_is_refused(folder):
     with pytest.raises(CheckpointError, match="expected a new or an empty folder"):
         fasttx.hf.save_run(RUN, folder)
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        fasttx.hf.save_run(RUN, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

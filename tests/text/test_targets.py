@@ -146,6 +146,16 @@ def test_names_of_datasets_hold_in_lists_and_vectors(tmp_path: Path) -> None:
         assert of(found)["t 0"] == [1, 0, 1] and of(found)["t 2"] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("feature", ["word", [], ["word"], None, {"feature": []}])
+def test_features_that_nobody_knows_name_no_labels(tmp_path: Path, feature: object) -> None:
+    """What a parquet file says of its columns may be of another version, or changed by hand."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    said = json.dumps({"info": {"features": {"label": feature}}})
+    table = pa.table({"text": [f"t {i}" for i in range(20)], "label": [0, 1] * 10})
+    pq.write_table(table.replace_schema_metadata({"huggingface": said}), tmp_path / "a.parquet")
+    assert load(config(tmp_path / "a.parquet", SINGLE_LABEL)).label_names == ["0", "1"]
+
+
 def test_evaluation_matches_labels_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [("x", ["c", "a"]), ("y", []), ("z", ["b"])])
     split = load_for_evaluation(path, ["a", "b", "c"], problem_type=MULTI_LABEL)
