@@ -144,25 +144,30 @@ def started(service: Service, threads: int) -> Iterator[tuple[int, int]]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": root}
     if service.name == "infinity-emb":
         del environment["PYTHONPATH"]
-    process = subprocess.Popen(
-        service.command(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-    )
-    try:
-        end = time.monotonic() + 120
-        while True:
-            try:
-                _ask(port, service, "is it there?")
-                break
-            except (OSError, http.client.HTTPException):
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            service.command(port), stdout=subprocess.DEVNULL, stderr=said, env=environment
+        )
+        try:
+            end = time.monotonic() + 120
+            while not _answers(port, service):
                 if process.poll() is not None or time.monotonic() > end:
-                    raise SystemExit(
-                        f"{service.name} does not start: {service.command(port)}"
-                    ) from None
+                    said.seek(0)
+                    reason = ["it says nothing", *said.read().strip().splitlines()][-1]
+                    raise SystemExit(f"{service.name} does not start: {reason}")
                 time.sleep(0.2)
-        yield port, process.pid
-    finally:
-        process.terminate()
-        process.wait(30)
+            yield port, process.pid
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _answers(port: int, service: Service) -> bool:
+    try:
+        _ask(port, service, "is it there?")
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
 
 
 def resident_mb(pid: int) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttx.config import SINGLE_LABEL
 from fasttx.errors import DataError
 from fasttx.files import cache_folder
 from fasttx.text import demo
@@ -85,7 +86,7 @@ def _unmissable(reason: str) -> tuple[str, ...]:
 def read_corpus(name: str, columns: Columns) -> Corpus:
     """The dataset of a resolved `name`. Raises DataError."""
     if name in demo.NAMES:
-        return _demo_corpus(demo.NAMES[name])
+        return _demo_corpus(demo.NAMES[name], columns)
     if name == "imdb":
         try:
             found = hub_imdb()
@@ -136,8 +137,8 @@ def holding(dataset: Any) -> Iterator[str | None]:
     for name, split in splits.items():
         if not hasattr(split, "select_columns") or not hasattr(split, "features"):
             raise DataError(
-                f"dataset {f'has the split {name!r}, which ' if len(splits) > 1 else ''}is a "
-                f"{type(split).__name__}; expected a name, a path, a datasets.Dataset or "
+                f"dataset {f'has the split {name!r}, which ' if len(splits) > 1 else ''}is of "
+                f"type {type(split).__name__}; expected a name, a path, a datasets.Dataset or "
                 "IterableDataset, or a dictionary of them by split"
             )
     with contextlib.ExitStack() as stack:
@@ -184,7 +185,18 @@ def version(name: str) -> dict[str, Any]:
     return {"grammar": demo.NAMES[name]} if name in demo.NAMES else {}
 
 
-def _demo_corpus(grammar: int) -> Corpus:
+def _demo_corpus(grammar: int, columns: Columns) -> Corpus:
+    if columns.problem_type != SINGLE_LABEL:
+        raise DataError(
+            f"each text of the demo corpus has one of two classes; expected problem_type "
+            f"{SINGLE_LABEL}, or data of your own for {columns.problem_type}"
+        )
+    for what, column in (("text_column", columns.text), ("label_column", columns.label)):
+        if column is not None:
+            raise DataError(
+                f"{what} is {column!r}, and the demo corpus has no columns; leave it out, or name "
+                "the data that has it"
+            )
     train_texts, train_labels, test_texts, test_labels = demo.corpus(grammar=grammar)
     where, names = "the demo corpus", demo.LABEL_NAMES
     train = Rows(train_texts, [*train_labels], where, names)

@@ -81,6 +81,18 @@ def test_another_answer_is_not_timed(port):
         serving.verify([{"a": 0.9, "c": 0.1}], service(0.01), port, ["a text"])
 
 
+def test_a_service_that_does_not_start_says_why():
+    def service(*code):
+        return serving.Service(
+            "other", lambda port: [sys.executable, "-c", *code], "/predict", str, dict, 0.0
+        )
+
+    for code, why in (("raise SystemExit('no such model')", "no such model"), ("", "nothing")):
+        running = serving.started(service(code), 1)
+        with pytest.raises(SystemExit, match=f"other does not start: .*{why}"):
+            running.__enter__()
+
+
 def test_what_is_missing_is_said(tmp_path):
     script = Path(serving.__file__)
     done = subprocess.run(

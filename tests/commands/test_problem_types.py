@@ -218,7 +218,7 @@ def test_as_a_service(runs: dict[str, Path], kind: str) -> None:
         (answer,) = asyncio.run(model.batcher.submit(["great song"]))
     finally:
         model.batcher.close()
-    found, explained = app._prediction(model.classifier, answer), model.explain("great song")
+    found, explained = app._prediction(answer), model.explain("great song")
     assert model.described()["problem_type"] == kind
     json.dumps(found | explained, allow_nan=False)
     wanted = fasttx.load(runs[kind], device="cpu").predict(["great song"])[0]

@@ -156,6 +156,20 @@ def test_features_that_nobody_knows_name_no_labels(tmp_path: Path, feature: obje
     assert load(config(tmp_path / "a.parquet", SINGLE_LABEL)).label_names == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"problem_type": REGRESSION}, "one of two classes; expected problem_type single_label"),
+        ({"problem_type": MULTI_LABEL}, "one of two classes; expected problem_type single_label"),
+        ({"label_column": "a,b"}, "label_column is 'a,b', and the demo corpus has no columns"),
+        ({"text_column": "a"}, "text_column is 'a', and the demo corpus has no columns"),
+    ],
+)
+def test_what_the_demo_corpus_has_not_is_refused(settings: dict[str, str], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        load(TrainConfig(dataset="demo", **settings))
+
+
 def test_evaluation_matches_labels_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [("x", ["c", "a"]), ("y", []), ("z", ["b"])])
     split = load_for_evaluation(path, ["a", "b", "c"], problem_type=MULTI_LABEL)
