@@ -100,11 +100,7 @@ def services(arguments: argparse.Namespace) -> list[Service]:
         ("onnxruntime-int8", arguments.onnx_int8, arguments.int8),
     ):
         if folder:
-            found.append(
-                Service(
-                    name, onnx(folder), "/predict", _plain, lambda x: x["probabilities"], tolerance
-                )
-            )
+            found.append(Service(name, onnx(folder), "/predict", _plain, _theirs, tolerance))
     if arguments.infinity:
         folder = arguments.infinity
         found.append(

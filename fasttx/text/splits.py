@@ -50,10 +50,6 @@ class Split:
     labels: np.ndarray
     notes: list[str] = field(default_factory=list)
 
-    def label_counts(self, label_names: Sequence[str]) -> dict[str, int]:
-        counts = np.bincount(self.labels, minlength=len(label_names)).tolist()
-        return dict(zip(label_names, counts, strict=True))
-
 
 @dataclass(frozen=True, eq=False)
 class TextDataset:

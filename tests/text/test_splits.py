@@ -41,6 +41,11 @@ def same(a: data.Split, b: data.Split) -> bool:
     return a.texts == b.texts and a.labels.tolist() == b.labels.tolist()
 
 
+def label_counts(split: data.Split, names: list[str]) -> dict[str, int]:
+    counts = np.bincount(split.labels, minlength=len(names)).tolist()
+    return dict(zip(names, counts, strict=True))
+
+
 # --- formats --------------------------------------------------------------------------------------
 
 
@@ -65,7 +70,7 @@ def test_single_file_is_split(tmp_path: Path, kind: str) -> None:
     found = load_path(path)
     assert found.name == "all" and found.label_names == ["bad", "good", "so-so"]
     assert [len(s.texts) for s in (found.train, found.validation, found.test)] == [81, 9, 10]
-    counts = found.test.label_counts(found.label_names)
+    counts = label_counts(found.test, found.label_names)
     assert counts["good"] == 5 and set(counts.values()) <= {2, 3, 5}
     texts = [*found.train.texts, *found.validation.texts, *found.test.texts]
     assert sorted(texts) == sorted(
@@ -106,7 +111,7 @@ def test_tree(tmp_path: Path) -> None:
     assert f"is not trained on: {root / 'train' / 'unsup'} (fasttx pretrain" in " ".join(
         found.notes
     )
-    assert found.train.label_counts(found.label_names) == {"negative": 27, "positive": 27}
+    assert label_counts(found.train, found.label_names) == {"negative": 27, "positive": 27}
     assert found.test.texts[0] == "100 neg" and found.test.labels.tolist() == [0] * 10 + [1] * 10
 
 
@@ -577,9 +582,9 @@ def test_single_class_is_refused(tmp_path: Path) -> None:
     assert "--subset-order shuffled" in str(e.value) and "100 %" in str(e.value)
 
     allowed = load_path(tmp_path, **settings, allow_single_class=True)
-    assert allowed.train.label_counts(allowed.label_names) == {"bad": 50, "good": 0}
+    assert label_counts(allowed.train, allowed.label_names) == {"bad": 50, "good": 0}
     shuffled = load_path(tmp_path, train_samples=50, test_samples=20)
-    assert shuffled.train.label_counts(shuffled.label_names) == {"bad": 25, "good": 25}
+    assert label_counts(shuffled.train, shuffled.label_names) == {"bad": 25, "good": 25}
 
 
 def test_single_class_in_the_data_itself(tmp_path: Path) -> None:
@@ -604,7 +609,7 @@ def test_a_rare_label_is_in_every_split(tmp_path: Path, count: int, rare: int) -
     rows[:rare] = reviews(rare, ("rare",))
     found = load_path(write(tmp_path / "a.csv", rows))
     for split in (found.train, found.validation, found.test):
-        assert split.label_counts(found.label_names)["rare"] > 0
+        assert label_counts(split, found.label_names)["rare"] > 0
     sizes = [len(s.texts) for s in (found.train, found.validation, found.test)]
     tenth = count // 10
     assert sizes == [count - tenth - (count - tenth) // 10, (count - tenth) // 10, tenth]
@@ -732,7 +737,7 @@ def test_auto_takes_imdb_next(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("auto").name == "imdb"
     found = load(TrainConfig(dataset="auto"))
     assert found.name == "imdb" and found.label_names == ["negative", "positive"]
-    assert found.train.label_counts(found.label_names) == {"negative": 18, "positive": 18}
+    assert label_counts(found.train, found.label_names) == {"negative": 18, "positive": 18}
     assert len(load_for_evaluation("imdb", found.label_names).texts) == 40
 
 
@@ -887,7 +892,7 @@ def test_a_hub_that_answers(monkeypatch: pytest.MonkeyPatch, status: int) -> Non
 def test_demo() -> None:
     found = load(TrainConfig(dataset="demo"))
     assert found.name == "demo" and found.label_names == ["negative", "positive"]
-    counts = found.train.label_counts(found.label_names)
+    counts = label_counts(found.train, found.label_names)
     assert counts["negative"] == counts["positive"]
     assert len(found.train.texts) == 9 * len(found.validation.texts)
     small = load(TrainConfig(dataset="demo", train_samples=100, test_samples=50))
@@ -899,7 +904,7 @@ def test_real_reviews(imdb: Path) -> None:
     found = load_path(imdb)
     assert found.name == "imdb" and found.label_names == ["negative", "positive"]
     halves = [
-        split.label_counts(found.label_names)
+        label_counts(split, found.label_names)
         for split in (found.train, found.validation, found.test)
     ]
     assert halves == [{"negative": n, "positive": n} for n in (11_250, 1_250, 12_500)]
@@ -912,8 +917,8 @@ def test_real_reviews_are_sorted_by_label(imdb: Path) -> None:
     ):
         load_path(imdb, subset_order="file", **settings)
     found = load_path(imdb, **settings)
-    assert found.train.label_counts(found.label_names) == {"negative": 2500, "positive": 2500}
-    assert found.test.label_counts(found.label_names) == {"negative": 500, "positive": 500}
+    assert label_counts(found.train, found.label_names) == {"negative": 2500, "positive": 2500}
+    assert label_counts(found.test, found.label_names) == {"negative": 500, "positive": 500}
 
 
 # --- texts alone ----------------------------------------------------------------------------------
