@@ -17,6 +17,11 @@ QUIET   := $(if $(CI),--quiet --no-compile)
 # Tests run one process a worker. Two OpenMP threads in each would wait for one another's time slices
 # (8 ms each on a busy core), so each gets one thread, and a waiting one sleeps.
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+# A test that hangs ends its process, which says where each thread stood.
+LIMIT   := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
+# A run that loses a worker ends there and names the test: pytest-xdist 3.8 would start another worker
+# and could wait for it for ever (its issues 1323, 1327 and 1378).
+SHARED  := -n $(WORKERS) --dist loadgroup --max-worker-restart=0
 
 .DEFAULT_GOAL := help
 .PHONY: help train test ptx bench bench-once plots aot lint format types clean
@@ -41,11 +46,11 @@ train: $(VENV)/.train
 	$(PY) train.py --recipe seed $(ARGS)
 
 test: $(VENV)/.dev
-	$(QUIET_THREADS) $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+	$(QUIET_THREADS) $(PY) -m pytest $(SHARED) $(LIMIT)
 
 # All cases on both targets, each under a schedule of its own; then what must be seen if it is broken.
 ptx: $(VENV)/.dev
-	FASTTX_PTX=all FASTTX_PTX_SEED=each $(QUIET_THREADS) $(PY) -m pytest -n $(WORKERS) -k 'sm_80 or sm_90 or ptx or test_triton' $(ARGS)
+	FASTTX_PTX=all FASTTX_PTX_SEED=each $(QUIET_THREADS) $(PY) -m pytest $(SHARED) -k 'sm_80 or sm_90 or ptx or test_triton' $(ARGS)
 	$(QUIET_THREADS) $(PY) -m tests.ptx.mutations --target sm_80
 	$(QUIET_THREADS) $(PY) -m tests.ptx.mutations --target sm_90
 
@@ -54,7 +59,7 @@ bench: $(VENV)/.dev
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest benchmarks/ --benchmark-compare $(ARGS)
 
 bench-once: $(VENV)/.dev
-	$(QUIET_THREADS) $(PY) -m pytest benchmarks/ --benchmark-disable -q
+	$(QUIET_THREADS) $(PY) -m pytest benchmarks/ --benchmark-disable -q $(LIMIT)
 
 plots: $(VENV)/.dev
 	$(PY) benchmarks/plots.py

@@ -109,7 +109,7 @@ extras = {
     "hf": ["transformers>=4.48", "tokenizers>=0.21", "safetensors>=0.4", "huggingface_hub>=0.26"],
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20", "tokenizers>=0.21"],
     "report": ["matplotlib>=3.8"],
-    "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "threadpoolctl>=3.5"],
+    "bench": ["pytest>=9", "pytest-benchmark>=5", "matplotlib>=3.8", "threadpoolctl>=3.5"],
     "peers": ["transformers>=4.48", "x-transformers>=2.31"],
     "baselines": ["scikit-learn>=1.4"],
     "serve": [

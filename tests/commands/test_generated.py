@@ -1,6 +1,6 @@
 """Command lines and inputs that nobody would think of: each ends with a status and no traceback.
 
-Nothing is trained here: what would begin a training ends where its settings are complete.
+Nothing is trained or served here: what would begin a training ends where its settings are complete.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import fasttx
 import train
 from fasttx.commands import cli, doctor, report
 from fasttx.errors import DataError
+from fasttx.serving import server
 from fasttx.tasks import read_config
 from fasttx.text import corpora
 from fasttx.training import run as runs
@@ -40,7 +41,7 @@ MANY = settings(
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder to work in, and no training, no network, no home."""
+    """A folder to work in, and no training, no service, no network, no home."""
 
     def refuse(*args: Any, **options: Any) -> Any:
         raise DataError("no further, this is a test")
@@ -59,6 +60,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(runs, "load_dataset", refuse)
         patch.setattr(report, "open_run", refuse)
         patch.setattr(doctor, "examine", refuse)
+        # What would serve until a signal ends where it listens and has its models.
+        patch.setattr(server.Server, "run", lambda self, sockets: None)
+        patch.setattr(server.Workers, "run", lambda self: 0)
         patch.setattr(corpora, "hub_imdb", lambda: (_ for _ in ()).throw(corpora.Unavailable("no")))
         patch.setattr(
             corpora.demo, "corpus", lambda **_: (["x y"] * 40, [0, 1] * 20, ["x"] * 9, [0] * 9)
