@@ -4,6 +4,7 @@ The load comes from wrk (4.1) on the same machine: one thread, which takes a few
 from the service. All services are started at once and are loaded in turn. A service first has to
 answer as fasttx does in fp32.
 
+--soak N: instead, N requests of short texts to fasttx serve, and its memory after each tenth.
 --onnx FOLDER, --onnx-int8 FOLDER: what `fasttx export RUN --format onnx` wrote: served by
 serving_peer.py. --infinity FOLDER: the same weights as a folder of Hugging Face's, served by
 infinity-emb; --infinity-command is its program.
@@ -212,6 +213,25 @@ def load(
     )  # fmt: skip
 
 
+def soak(
+    service: Service, port: int, pid: int, bodies: Path, requests: int, connections: int
+) -> Iterator[tuple[int, float]]:
+    """Requests answered so far and resident MiB, about ten times."""
+    answered, seconds = 0, 3.0
+    yield answered, resident_mb(pid)
+    while answered < requests:
+        one = load(service, port, "short", bodies, connections, seconds, None)
+        assert not one.failed, f"{one.failed} requests failed"
+        answered += round(one.requests_per_second * seconds)
+        yield answered, resident_mb(pid)
+        seconds = min(60.0, max(1.0, requests / 10 / one.requests_per_second))
+
+
+def write_bodies(path: Path, service: Service, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps(service.body(text)) + "\n" for text in texts))
+    return path
+
+
 def best(loads: list[Load]) -> Load | None:
     """The most requests a second with the 99th percentile below the limit, and nothing failed."""
     able = [one for one in loads if one.p99_ms <= LIMIT_MS and not one.failed]
@@ -259,6 +279,7 @@ def main() -> None:
     parser.add_argument(
         "--int8", type=float, default=0.1, help="how far its probabilities may be off"
     )
+    parser.add_argument("--soak", type=int, metavar="N", help="requests")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not shutil.which("wrk"):
@@ -272,18 +293,23 @@ def main() -> None:
     loads: list[Load] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        entered = entered[:1] if arguments.soak else entered
         running = {s.name: stack.enter_context(started(s, arguments.threads)) for s in entered}
+        if arguments.soak:
+            bodies = write_bodies(folder / "short", entered[0], kinds["short"])
+            asked = arguments.soak, max(arguments.connections)
+            for answered, mb in soak(entered[0], *running["fasttx"], bodies, *asked):
+                print(f"{answered:>9,} requests  {mb:7.1f} MB", flush=True)
+            return
         checked = kinds["mixture"][:10] + kinds["mixture"][-10:]
         expected = [_ask(running["fasttx"][0], entered[0], text) for text in checked]
         for service in entered[1:]:
             verify(expected, service, running[service.name][0], checked)
         print(f"load {load_average():.2f}; {arguments.threads} threads a service; wrk: 1 thread")
         for what in arguments.texts:
-            bodies = {}
-            for service in entered:
-                bodies[service.name] = folder / f"{what}-{service.name}"
-                lines = (json.dumps(service.body(text)) for text in kinds[what])
-                bodies[service.name].write_text("\n".join(lines) + "\n")
+            bodies = {
+                s.name: write_bodies(folder / f"{what}-{s.name}", s, kinds[what]) for s in entered
+            }
             turns = [(c, None) for c in arguments.connections]
             turns += [(max(arguments.connections), rate) for rate in arguments.rates]
             for connections, rate in turns:

@@ -45,6 +45,26 @@ def test_the_table_names_who_keeps_no_limit():
     assert "77.0" not in "\n".join(lines)
 
 
+def test_a_soak_ends_after_its_requests_and_lets_none_fail(monkeypatch):
+    asked = []
+
+    def measured(service, port, what, bodies, connections, seconds, rate):
+        asked.append(seconds)
+        return load(requests_per_second=100.0, failed=failed)
+
+    def soak():
+        return list(serving.soak(None, 0, 0, None, 5000, 8))
+
+    monkeypatch.setattr(serving, "load", measured)
+    monkeypatch.setattr(serving, "resident_mb", lambda pid: 7.0)
+    failed = 0
+    assert soak() == [(0, 7.0), *((300 + 500 * i, 7.0) for i in range(11))]
+    assert asked == [3.0] + 10 * [5.0]
+    failed = 2
+    with pytest.raises(AssertionError, match="2 requests failed"):
+        soak()
+
+
 @pytest.fixture
 def port():
     """A service that is sure of the first label."""

@@ -1,0 +1,102 @@
+"""A file scored beside the same texts in memory: python benchmarks/scoring.py RUN
+
+`fasttx predict --file` reads a csv file, cuts it into parts, writes each to the disk and joins them
+to a parquet file. Beside it, in turn, `TextClassifier.predict` on a list of the same texts: the
+bulk rate of the model, tokenizing included. Both have the same model, one after another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from figures import environment, load_average
+from pyarrow import parquet
+from workload import reviews
+
+from fasttx.scoring import job
+from fasttx.scoring.scorer import Scorer
+
+
+def write_csv(path: Path, texts: list[str]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(["text"])
+        writer.writerows([text] for text in texts)
+
+
+def labels_of(path: Path) -> list[str]:
+    return parquet.read_table(path)["predicted_label"].to_pylist()
+
+
+def timed(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def compare(scorer: Scorer, groups: list[list[str]], folder: Path) -> list[tuple[float, float]]:
+    """Seconds in memory and of the file, by group. Raises AssertionError for other labels."""
+    found = []
+    for number, texts in enumerate(groups):
+        source, out = folder / f"{number}.csv", folder / f"{number}.parquet"
+        write_csv(source, texts)
+        kept: list[str] = []
+
+        def in_memory(texts: list[str] = texts, kept: list[str] = kept) -> None:
+            answers = scorer.classifier.predict(texts, batch_size=scorer.batch_size)
+            kept += [answer.label for answer in answers]
+
+        def of_the_file(source: Path = source, out: Path = out) -> None:
+            job.run(job.Job(source, out, scorer))
+
+        turns = [in_memory, of_the_file]
+        seconds = {work: timed(work) for work in (turns if number % 2 else turns[::-1])}
+        assert labels_of(out) == kept, "the file has other labels"
+        found.append((seconds[in_memory], seconds[of_the_file]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run")
+    parser.add_argument("--data", default=os.environ.get("FASTTX_DATA"), help="of the reviews")
+    parser.add_argument("--texts", type=int, default=1000, help="of a file (default: 1000)")
+    parser.add_argument("--rounds", type=int, default=7, help="files (default: 7)")
+    parser.add_argument("--precision", default="fp32")
+    arguments = parser.parse_args()
+    if not arguments.data:
+        parser.error("the reviews are missing: pass --data or set $FASTTX_DATA")
+    count, rounds = arguments.texts, arguments.rounds
+    texts = reviews(arguments.data, count * (rounds + 1))
+    groups = [texts[i : i + count] for i in range(0, len(texts), count)]
+    scorer = Scorer(arguments.run, precision=arguments.precision, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        compare(scorer, groups[-1:], Path(folder))  # a first time is slower
+        before = load_average()
+        found = compare(scorer, groups[:-1], Path(folder))
+    where = environment(torch.device("cpu"))
+    print(
+        f"{where}\nload {before:.2f}; {count} reviews a file, n = {rounds}, {arguments.precision}"
+    )
+    for name, seconds in zip(("in memory", "file"), zip(*found, strict=True), strict=True):
+        print(f"{name:10s} {count / statistics.median(seconds):8.1f} samples/s")
+    ratios = sorted(memory / file for memory, file in found)
+    print(f"the file's rate is {100 * statistics.median(ratios):.1f} % of the one in memory "
+          f"({100 * ratios[0]:.1f} to {100 * ratios[-1]:.1f} %)")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
