@@ -304,15 +304,21 @@ def _text_part(path: Path, columns: Sequence[str], rows: Any, added: Added, firs
 def _parquet_part(
     path: Path, columns: Sequence[str], rows: Any, added: Added, first: bool
 ) -> bytes:
+    pq = _parquet(path)
     import pyarrow as pa
 
-    pq = _parquet(path)
     table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
     for name, values in added.items():
         table = table.append_column(name, pa.array(_plain(values)))
     out = io.BytesIO()
     pq.write_table(table, out)
     return out.getvalue()
+
+
+def check_output(path: Path) -> None:
+    """Raises DataError where its format is unknown, or needs a package that is not installed."""
+    if format_of(path) == ".parquet":
+        _parquet(path)
 
 
 def part_of(path: Path, columns: Sequence[str], rows: Any, added: Added, first: bool) -> bytes:
@@ -328,9 +334,9 @@ def join(path: Path, parts: Sequence[Path], out: BinaryIO) -> None:
                 while block := f.read(1 << 20):
                     out.write(block)
         return
+    pq = _parquet(path)
     import pyarrow as pa
 
-    pq = _parquet(path)
     schema = pa.unify_schemas([pq.read_schema(part) for part in parts])
     with pq.ParquetWriter(out, schema) as writer:
         for part in parts:

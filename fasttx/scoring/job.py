@@ -52,7 +52,7 @@ def run(job: Job) -> Done:
     of something else."""
     if job.source.resolve() == job.out.resolve():
         raise DataError(f"--out is {job.out}, the file that is read; expected another name")
-    files.format_of(job.out)
+    files.check_output(job.out)
     reader = files.open_table(job.source)
     column = files.text_column(reader, job.source, job.column)
     added = job.scorer.added

@@ -270,6 +270,16 @@ def test_files_that_cannot_be_scored(tmp_path, name, content, match):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    source, parquet = write(tmp_path / "in.csv"), write(tmp_path / "in.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for one, out in ((source, "out.parquet"), (parquet, "out.csv")):
+        with pytest.raises(DataError, match=r"parquet needs the package pyarrow.*pip install"):
+            score(one, tmp_path / out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "in.parquet"]
+
+
 def test_bad_requests(tmp_path, capsys):
     source = write(tmp_path / "in.csv")
     with pytest.raises(DataError, match="the file that is read"):
