@@ -23,6 +23,7 @@ from fasttx.hf.model import (
     FasttxForSequenceClassification,
     PackingCollator,
     from_run,
+    push_run,
     save_run,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "Replaced",
     "accelerate",
     "from_run",
+    "push_run",
     "save_run",
 ]
 

@@ -3,7 +3,8 @@ AutoTokenizer know it once fasttx.hf is imported; save_pretrained, push_to_hub, 
 work on it.
 
     model, tokenizer = fasttx.hf.from_run("runs/full")
-    fasttx.hf.save_run("runs/full", "folder")            # with a model card; or model.push_to_hub
+    fasttx.hf.save_run("runs/full", "folder")            # with a model card
+    fasttx.hf.push_run("runs/full", "me/imdb-fasttx")    # the same, to the hub
     pipeline("text-classification", "folder", truncation=True)
 
 B texts, L tokens, T rows of a packed batch.
@@ -12,6 +13,7 @@ B texts, L tokens, T rows of a packed batch.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,10 @@ from fasttx.files import atomic_folder, write_text_atomic
 from fasttx.hf.card import card_of
 from fasttx.load import load
 from fasttx.models.classifier import TransformerClassifier
+from fasttx.text.corpora import hub_unreachable
 from fasttx.text.packing import RaggedIds, pack
 from fasttx.text.tokenizer import PAD, UNK, Tokenizer
+from fasttx.version import __version__
 
 
 class FasttxConfig(PreTrainedConfig):
@@ -211,6 +215,39 @@ def save_run(run: str | Path, folder: str | Path, *, name: str | None = None) ->
         tokenizer.save_pretrained(temporary)
         write_text_atomic(temporary / "README.md", card)
     return out
+
+
+def push_run(
+    run: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None,
+    revision: str | None = None, create_pr: bool = False,
+) -> str:  # fmt: skip
+    """What `save_run` writes, as one commit to a repository of Hugging Face's hub, which is made
+    where it is not there; the commit's address. The settings are those of `huggingface_hub`, and
+    so is the token, unless one is given (`hf auth login`). Raises CheckpointError where the hub
+    refuses or cannot be reached.
+    """
+    import huggingface_hub
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = save_run(run, Path(place) / "model", name=repo_id.rpartition("/")[2])
+        try:
+            if unreachable := hub_unreachable():
+                raise ConnectionError(unreachable)
+            hub = huggingface_hub.HfApi(
+                huggingface_hub.constants.ENDPOINT, token, "fasttx", __version__
+            )
+            repository = hub.create_repo(repo_id, private=private, exist_ok=True)
+            commit = hub.upload_folder(
+                repo_id=repository.repo_id, folder_path=folder, revision=revision,
+                create_pr=create_pr, commit_message=f"A model of fasttx {__version__}",
+            )  # fmt: skip
+        except Exception as error:  # the hub and the network raise many kinds
+            reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0].rstrip(".")
+            raise CheckpointError(
+                f"{repo_id} could not be written to Hugging Face's hub: {reason}. Check the name "
+                "(OWNER/NAME) and your token (hf auth login), or keep a folder: fasttx.hf.save_run"
+            ) from error
+    return str(commit.pr_url or commit.commit_url)
 
 
 def register() -> None:
