@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from figures import environment, load_average
+from figures import caption, environment
 from pyarrow import parquet
 from workload import reviews
 
@@ -85,12 +85,10 @@ def main() -> None:
     scorer = Scorer(arguments.run, precision=arguments.precision, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         compare(scorer, groups[-1:], Path(folder))  # a first time is slower
-        before = load_average()
+        where = environment(torch.device("cpu"))
         found = compare(scorer, groups[:-1], Path(folder))
-    where = environment(torch.device("cpu"))
-    print(
-        f"{where}\nload {before:.2f}; {count} reviews a file, n = {rounds}, {arguments.precision}"
-    )
+    print(caption(where))
+    print(f"{count} reviews a file, n = {rounds}, {arguments.precision}")
     for name, seconds in zip(("in memory", "file"), zip(*found, strict=True), strict=True):
         print(f"{name:10s} {count / statistics.median(seconds):8.1f} samples/s")
     ratios = sorted(memory / file for memory, file in found)

@@ -217,14 +217,14 @@ def soak(
     service: Service, port: int, pid: int, bodies: Path, requests: int, connections: int
 ) -> Iterator[tuple[int, float]]:
     """Requests answered so far and resident MiB, about ten times."""
-    answered, seconds = 0, 3.0
+    answered, seconds = 0, 3  # whole ones, as wrk has them
     yield answered, resident_mb(pid)
     while answered < requests:
         one = load(service, port, "short", bodies, connections, seconds, None)
         assert not one.failed, f"{one.failed} requests failed"
         answered += round(one.requests_per_second * seconds)
         yield answered, resident_mb(pid)
-        seconds = min(60.0, max(1.0, requests / 10 / one.requests_per_second))
+        seconds = max(1, min(60, round(requests / 10 / one.requests_per_second)))
 
 
 def write_bodies(path: Path, service: Service, texts: list[str]) -> Path:
