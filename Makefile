@@ -18,7 +18,7 @@ QUIET   := $(if $(CI),--quiet --no-compile)
 # (8 ms each on a busy core), so each gets one thread, and a waiting one sleeps.
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # A test that hangs ends its process, which says where each thread stood.
-LIMIT   := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
+LIMIT   := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 # A run that loses a worker ends there and names the test: pytest-xdist 3.8 would start another worker
 # and could wait for it for ever (its issues 1323, 1327 and 1378).
 SHARED  := -n $(WORKERS) --dist loadgroup --max-worker-restart=0
