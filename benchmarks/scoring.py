@@ -15,7 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,6 +28,8 @@ from workload import reviews
 
 from fasttx.scoring import job
 from fasttx.scoring.scorer import Scorer
+
+T = TypeVar("T")
 
 
 def write_csv(path: Path, texts: list[str]) -> None:
@@ -39,31 +43,29 @@ def labels_of(path: Path) -> list[str]:
     return parquet.read_table(path)["predicted_label"].to_pylist()
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], T]) -> tuple[float, T]:
     begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+    result = work()
+    return time.perf_counter() - begin, result
 
 
 def compare(scorer: Scorer, groups: list[list[str]], folder: Path) -> list[tuple[float, float]]:
-    """Seconds in memory and of the file, by group. Raises AssertionError for other labels."""
-    found = []
+    """Seconds in memory and of the file, by group; who is first changes. Raises AssertionError for
+    other labels."""
+    classifier, found = scorer.classifier, []
     for number, texts in enumerate(groups):
         source, out = folder / f"{number}.csv", folder / f"{number}.parquet"
         write_csv(source, texts)
-        kept: list[str] = []
-
-        def in_memory(texts: list[str] = texts, kept: list[str] = kept) -> None:
-            answers = scorer.classifier.predict(texts, batch_size=scorer.batch_size)
-            kept += [answer.label for answer in answers]
-
-        def of_the_file(source: Path = source, out: Path = out) -> None:
-            job.run(job.Job(source, out, scorer))
-
-        turns = [in_memory, of_the_file]
-        seconds = {work: timed(work) for work in (turns if number % 2 else turns[::-1])}
-        assert labels_of(out) == kept, "the file has other labels"
-        found.append((seconds[in_memory], seconds[of_the_file]))
+        in_memory = partial(classifier.predict, texts, batch_size=scorer.batch_size)
+        of_the_file = partial(job.run, job.Job(source, out, scorer))
+        if number % 2:
+            file_seconds, _ = timed(of_the_file)
+            seconds, answers = timed(in_memory)
+        else:
+            seconds, answers = timed(in_memory)
+            file_seconds, _ = timed(of_the_file)
+        assert labels_of(out) == [a.label for a in answers], "the file has other labels"
+        found.append((seconds, file_seconds))
     return found
 
 
@@ -81,6 +83,11 @@ def main() -> None:
         parser.error("the reviews are missing: pass --data or set $FASTTX_DATA")
     count, rounds = arguments.texts, arguments.rounds
     texts = reviews(arguments.data, count * (rounds + 1))
+    if min(count, rounds) < 1 or len(texts) < count * (rounds + 1):
+        parser.error(
+            f"--texts {count} and --rounds {rounds}: expected at least one each, and "
+            f"{rounds} + 1 times {count} reviews; there are {len(texts):,}"
+        )
     groups = [texts[i : i + count] for i in range(0, len(texts), count)]
     scorer = Scorer(arguments.run, precision=arguments.precision, device="cpu")
     with tempfile.TemporaryDirectory() as folder:

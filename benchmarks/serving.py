@@ -289,11 +289,12 @@ def main() -> None:
     long = reviews(arguments.data, 400)
     short = [" ".join(text.split()[:SHORT]) for text in long]
     kinds = {"short": short, "reviews": long, "mixture": [*short[::2], *long[1::2]]}
-    entered = services(arguments)
+    if arguments.soak is not None and arguments.soak < 1:
+        parser.error(f"--soak is {arguments.soak}; expected at least 1 request")
+    entered = services(arguments)[: 1 if arguments.soak else None]
     loads: list[Load] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        entered = entered[:1] if arguments.soak else entered
         running = {s.name: stack.enter_context(started(s, arguments.threads)) for s in entered}
         if arguments.soak:
             bodies = write_bodies(folder / "short", entered[0], kinds["short"])

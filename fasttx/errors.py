@@ -11,6 +11,11 @@ class FasttxError(Exception):
     """The family: `except fasttx.FasttxError` catches them all."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception of another library says; its kind, if it says nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0].rstrip(".")
+
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM in a training: the run has been saved and can be resumed. No error, and not
     of the family."""

@@ -18,6 +18,7 @@ from fasttx.config import ModelConfig
 
 # More texts at a time than this is a slip of the keyboard.
 MOST_AT_A_TIME = 1_000_000
+MOST_PROCESSES = 1024
 
 
 class Formatter(argparse.HelpFormatter):
@@ -117,17 +118,29 @@ def path_text(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def at_a_time(text: str) -> int:
-    """A number of texts."""
+def _number(text: str, most: int, what: str) -> int:
     try:
         number = int(text)
     except ValueError:
         number = 0
-    if not 1 <= number <= MOST_AT_A_TIME:
+    if not 1 <= number <= most:
         raise argparse.ArgumentTypeError(
-            f"is {text[:40]}; expected at least 1 text at a time, and at most {MOST_AT_A_TIME:,}"
+            f"is {text[:40]}; expected at least 1 {what}, and at most {most:,}"
         )
     return number
+
+
+def at_a_time(text: str) -> int:
+    """A number of texts."""
+    return _number(text, MOST_AT_A_TIME, "text at a time")
+
+
+def processes(text: str) -> int:
+    return _number(text, MOST_PROCESSES, "process")
+
+
+def threads(text: str) -> int:
+    return _number(text, MOST_PROCESSES, "thread")
 
 
 def _kind(hint: Any) -> Any:

@@ -136,6 +136,6 @@ def add_command(commands: Any) -> None:
         "--all-probabilities", action="store_true", help="a column for each label's probability"
     )
     table.add_argument(
-        "--workers", type=flags.at_a_time, default=1, metavar="N", help="processes (default: 1)"
+        "--workers", type=flags.processes, default=1, metavar="N", help="processes (default: 1)"
     )
     parser.set_defaults(run_command=_predict)

@@ -58,10 +58,10 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0: any")
     parser.add_argument(
-        "--workers", type=flags.at_a_time, default=1, metavar="N", help="processes (default: 1)"
+        "--workers", type=flags.processes, default=1, metavar="N", help="processes (default: 1)"
     )
     parser.add_argument(
-        "--threads", type=flags.at_a_time, metavar="N", help="threads of each (default: the cores)"
+        "--threads", type=flags.threads, metavar="N", help="threads of each (default: the cores)"
     )
     flags.add_device(parser)
     parser.add_argument("--attn-backend", help="instead of the run's own choice")

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fasttx.config import ModelConfig
-from fasttx.errors import CheckpointError, ConfigError
+from fasttx.errors import CheckpointError, ConfigError, first_line
 from fasttx.files import atomic_folder, write_text_atomic
 from fasttx.hf.card import card_of
 from fasttx.load import load
@@ -234,18 +234,19 @@ def push_run(
             if unreachable := hub_unreachable():
                 raise ConnectionError(unreachable)
             hub = huggingface_hub.HfApi(
-                huggingface_hub.constants.ENDPOINT, token, "fasttx", __version__
-            )
+                huggingface_hub.constants.ENDPOINT, token=token,
+                library_name="fasttx", library_version=__version__,
+            )  # fmt: skip
             repository = hub.create_repo(repo_id, private=private, exist_ok=True)
             commit = hub.upload_folder(
                 repo_id=repository.repo_id, folder_path=folder, revision=revision,
                 create_pr=create_pr, commit_message=f"A model of fasttx {__version__}",
             )  # fmt: skip
         except Exception as error:  # the hub and the network raise many kinds
-            reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0].rstrip(".")
             raise CheckpointError(
-                f"{repo_id} could not be written to Hugging Face's hub: {reason}. Check the name "
-                "(OWNER/NAME) and your token (hf auth login), or keep a folder: fasttx.hf.save_run"
+                f"{repo_id} could not be written to Hugging Face's hub: {first_line(error)}. Check "
+                "the name (OWNER/NAME) and your token (hf auth login), or keep a folder: "
+                "fasttx.hf.save_run"
             ) from error
     return str(commit.pr_url or commit.commit_url)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttx.config import ModelConfig
-from fasttx.errors import CheckpointError, ConfigError
+from fasttx.errors import CheckpointError, ConfigError, first_line
 
 # --- the families ---------------------------------------------------------------------------------
 
@@ -360,9 +360,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except ConfigError:
         raise
     except Exception as error:  # bad bytes make the readers raise many kinds
-        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise CheckpointError(
-            f"{path} cannot be read as weights ({reason}): fetch it anew"
+            f"{path} cannot be read as weights ({first_line(error)}): fetch it anew"
         ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}; expected named tensors")

@@ -211,17 +211,19 @@ class _Text(_Lines):
 # --- parquet --------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path) -> Any:
+def _pyarrow(path: Path) -> tuple[Any, Any]:
+    """pyarrow and its parquet, for what is at `path`."""
     try:
+        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError(needs("pyarrow", f"reading or writing {path}")) from error
-    return pq
+    return pa, pq
 
 
 class _Parquet(Reader):
     def __init__(self, path: Path) -> None:
-        pq = _parquet(path)
+        _, pq = _pyarrow(path)
         try:
             self._file = pq.ParquetFile(path)
         except Exception as error:  # a damaged file raises many kinds
@@ -230,8 +232,7 @@ class _Parquet(Reader):
         self._path = path
 
     def chunks(self, column: str) -> Iterator[Chunk]:
-        import pyarrow as pa
-
+        pa, _ = _pyarrow(self._path)
         total, done = max(1, self._file.metadata.num_rows), 0
         batches = self._file.iter_batches(batch_size=CHUNK_ROWS)
         while True:
@@ -304,9 +305,7 @@ def _text_part(path: Path, columns: Sequence[str], rows: Any, added: Added, firs
 def _parquet_part(
     path: Path, columns: Sequence[str], rows: Any, added: Added, first: bool
 ) -> bytes:
-    pq = _parquet(path)
-    import pyarrow as pa
-
+    pa, pq = _pyarrow(path)
     table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
     for name, values in added.items():
         table = table.append_column(name, pa.array(_plain(values)))
@@ -318,7 +317,7 @@ def _parquet_part(
 def check_output(path: Path) -> None:
     """Raises DataError where its format is unknown, or needs a package that is not installed."""
     if format_of(path) == ".parquet":
-        _parquet(path)
+        _pyarrow(path)
 
 
 def part_of(path: Path, columns: Sequence[str], rows: Any, added: Added, first: bool) -> bytes:
@@ -334,9 +333,7 @@ def join(path: Path, parts: Sequence[Path], out: BinaryIO) -> None:
                 while block := f.read(1 << 20):
                     out.write(block)
         return
-    pq = _parquet(path)
-    import pyarrow as pa
-
+    pa, pq = _pyarrow(path)
     schema = pa.unify_schemas([pq.read_schema(part) for part in parts])
     with pq.ParquetWriter(out, schema) as writer:
         for part in parts:

@@ -48,8 +48,8 @@ class Done:
 
 
 def run(job: Job) -> Done:
-    """Score every row. Raises DataError for a file that cannot be read, CheckpointError for parts
-    of something else."""
+    """Score every row. Raises DataError for a file that cannot be read or written, CheckpointError
+    for parts of something else."""
     if job.source.resolve() == job.out.resolve():
         raise DataError(f"--out is {job.out}, the file that is read; expected another name")
     files.check_output(job.out)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from fasttx.config import ENCODER_SHAPE, HEAD_SHAPE, ModelConfig
-from fasttx.errors import CheckpointError, ConfigError
+from fasttx.errors import CheckpointError, ConfigError, first_line
 from fasttx.models.pretrained import INDEX, PICKLED, WHOLE, Pretrained, read_folder
 from fasttx.tasks import read_config
 from fasttx.text.corpora import hub_unreachable
@@ -191,7 +191,7 @@ def _from_hub(name: str) -> Path:
         if not any((folder / weights).exists() for weights in (WHOLE, INDEX)):
             folder = fetch("config.json", PICKLED)
     except Exception as error:  # the hub and the network raise many kinds
-        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+        reason = first_line(error)
         if unreachable:
             reason = f"{unreachable}, and the local cache does not hold it"
         raise CheckpointError(
